@@ -1,0 +1,111 @@
+"""A quantized tensor as a value: the packed codes, the statistics that decode them, and what they mean."""
+
+from dataclasses import dataclass
+
+import torch
+
+from . import ops  # noqa: F401  (registers torch.ops.qlora_ref)
+from .reference.blockwise import check_block_size, check_weight
+from .reference.codebook import get_codebook
+from .reference.double_quant import absmax_mean as compute_mean
+from .reference.double_quant import get_map8
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How to quantize. The defaults are the paper's: NF4, blocks of 64, double quantization in blocks of 256.
+
+    quant_type: a name of `reference.codebook.NAMES`. map8: "dynamic" (the authors' code) or "fp8_e4m3" (the paper's
+    words). Raises ValueError, naming value and remedy, for anything that cannot work.
+    """
+
+    quant_type: str = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+    map8: str = "dynamic"
+    nested_block_size: int = 256
+
+    def __post_init__(self):
+        check_block_size(self.block_size)
+        signed = get_codebook(self.quant_type, self.block_size).signed_absmax
+        if self.double_quant:
+            get_map8(self.map8)
+            check_block_size(self.nested_block_size)
+            if signed:
+                raise ValueError(
+                    f"{self.quant_type} keeps the sign of the absmax, which double quantization (it subtracts a mean) "
+                    "cannot hold; pass double_quant=False"
+                )
+
+    def bits_per_weight(self) -> float:
+        """4 + 32/B flat, or 4 + 8/B + 32/(B * B2) with double quantization (paper section 3); the mean not counted."""
+        if not self.double_quant:
+            return 4 + 32 / self.block_size
+        return 4 + 8 / self.block_size + 32 / (self.block_size * self.nested_block_size)
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """4-bit codes plus statistics. `dequantize()` gives back `shape` in `dtype`.
+
+    packed ((n + 1) // 2,) u8. Flat: `absmax` (n_blocks,) f32. Double-quantized: `absmax` holds the u8 codes,
+    `nested_absmax` (ceil(n_blocks / 256),) f32 and `absmax_mean` (1,) f32.
+    """
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    nested_absmax: torch.Tensor | None
+    absmax_mean: torch.Tensor | None
+    config: QuantConfig
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @classmethod
+    def quantize(
+        cls, x: torch.Tensor, config: QuantConfig = QuantConfig(), check_finite: bool = True
+    ) -> "QuantizedTensor":
+        """Quantize a tensor of any shape. TypeError: not fp32, bf16, fp16. ValueError: NaN or Inf, unless unchecked."""
+        check_weight(x, check_finite and x.device.type != "meta")
+        packed, absmax = torch.ops.qlora_ref.quantize_4bit(x, config.quant_type, config.block_size)
+        if not config.double_quant:
+            return cls(packed, absmax, None, None, config, x.shape, x.dtype)
+        mean = compute_mean(absmax)
+        codes, nested = torch.ops.qlora_ref.double_quantize(absmax, mean, config.map8, config.nested_block_size)
+        return cls(packed, codes, nested, mean, config, x.shape, x.dtype)
+
+    def op_args(self) -> tuple:
+        """The eight arguments that stand for this weight in every op of `ops.py`."""
+        c = self.config
+        return (
+            *(self.packed, self.absmax, self.nested_absmax, self.absmax_mean),
+            *(c.quant_type, c.block_size, c.map8, c.nested_block_size),
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """round_dtype(level * absmax) in the original shape; `dtype` defaults to the one that was quantized."""
+        return torch.ops.qlora_ref.dequantize_4bit(*self.op_args(), self.shape, dtype or self.dtype)
+
+    def absmax_f32(self) -> torch.Tensor:
+        """The absmax used for decoding, (n_blocks,) f32."""
+        if self.nested_absmax is None:
+            return self.absmax
+        c = self.config
+        return torch.ops.qlora_ref.double_dequantize(
+            self.absmax, self.nested_absmax, self.absmax_mean, c.map8, c.nested_block_size
+        )
+
+    def to(self, device: torch.device | str) -> "QuantizedTensor":
+        moved = [None if t is None else t.to(device) for t in self._tensors()]
+        return QuantizedTensor(*moved, self.config, self.shape, self.dtype)
+
+    def _tensors(self):
+        return self.packed, self.absmax, self.nested_absmax, self.absmax_mean
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored: codes and all statistics."""
+        return sum(t.nbytes for t in self._tensors() if t is not None)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / max(self.shape.numel(), 1)
