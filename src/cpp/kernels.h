@@ -1,7 +1,10 @@
 // The native interface on one page. Every function equals one function of python/qlora_ref/reference/.
 // Raw pointers and sizes only; all checks (dtype, device, contiguity, sizes) are made in python/qlora_ref/native.py.
-// Every function here is noexcept towards the caller's data: it writes exactly the outputs named, nothing else.
+// Every function writes exactly the outputs named, nothing else.
 #pragma once
+#include <string>
+#include <vector>
+
 #include "types.h"
 
 namespace qlora {
@@ -31,5 +34,37 @@ void linear_4bit_forward(const void* x, DType dtype, int64_t m, const Weight4bit
 // dx (m, cols) = dy (m, rows) W'
 void linear_4bit_backward(const void* dy, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
                           void* dx);
+
+// --- threads ------------------------------------------------------------------------------------------------------
+
+// How many threads the calls made from this thread may use (native.py passes torch.get_num_threads()).
+void set_num_threads(int threads);
+
+// --- variants: the same functions compiled for more of the instruction set -----------------------------------------
+
+// Names of the variants compiled in that this CPU can run, slowest first ("scalar" is always there).
+std::vector<std::string> cpu_variants();
+// The one in use. At start the last of cpu_variants(), or what QLORA_CPU_VARIANT names.
+std::string cpu_variant();
+// Throws std::invalid_argument with a sentence if `name` is not one of cpu_variants().
+void set_cpu_variant(const std::string& name);
+
+// --- CUDA: the same functions on the device of `stream` (a cudaStream_t); they throw std::runtime_error -------------
+// Built only where nvcc is (QLORA_HAS_CUDA). All pointers are device pointers; a call returns before the work is done.
+namespace cuda {
+
+void quantize_4bit(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook,
+                   uint8_t* packed, float* absmax, void* stream);
+void dequantize_4bit(const Weight4bit& weight, const Codebook& codebook, void* out, DType dtype, int64_t row_stride,
+                     void* stream);
+void double_quantize(const float* absmax, int64_t n, const float* mean, int64_t nested_block_size, const Map8& map,
+                     uint8_t* codes, float* nested_absmax, void* stream);
+void double_dequantize(const Absmax& absmax, int64_t n, float* out, void* stream);
+void linear_4bit_forward(const void* x, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
+                         const void* bias, void* y, void* stream);
+void linear_4bit_backward(const void* dy, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
+                          void* dx, void* stream);
+
+}  // namespace cuda
 
 }  // namespace qlora

@@ -7,10 +7,13 @@
 
 #include "types.h"
 
-#ifdef __CUDACC__
+// Always inlined on the host too: a copy compiled for AVX-512 must never be the one the linker keeps for everybody.
+#if defined(__CUDACC__)
 #define QLORA_HD __host__ __device__ __forceinline__
+#elif defined(_MSC_VER)
+#define QLORA_HD static __forceinline
 #else
-#define QLORA_HD inline
+#define QLORA_HD static inline __attribute__((always_inline, unused))
 #endif
 
 namespace qlora {
@@ -39,6 +42,25 @@ QLORA_HD uint16_t float_to_bf16(float x) {
   uint32_t bits = float_to_bits(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
   return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+QLORA_HD float f16_to_float(uint16_t x) {
+  uint32_t sign = uint32_t(x & 0x8000u) << 16, magnitude = x & 0x7fffu;
+  if (magnitude < 0x0400u) return bits_to_float(sign | float_to_bits(float(magnitude) * 0x1p-24f));  // subnormal, 0
+  uint32_t exponent = magnitude >= 0x7c00u ? 0x70000000u : 0x38000000u;  // Inf and NaN keep the largest exponent
+  return bits_to_float(sign | ((magnitude << 13) + exponent));
+}
+
+// Round to nearest even, subnormals kept, overflow to Inf; NaN becomes a quiet NaN.
+QLORA_HD uint16_t float_to_f16(float x) {
+  uint32_t bits = float_to_bits(x), sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return uint16_t(sign | 0x7e00u);
+  if (bits >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // 65520 and above
+  if (bits < 0x38800000u) {  // below 2^-14: 0.5 has the ulp of a subnormal f16, so this addition rounds
+    return uint16_t(sign | (float_to_bits(bits_to_float(bits) + 0.5f) - 0x3f000000u));
+  }
+  return uint16_t(sign | ((bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13));
 }
 
 // s = x / absmax as the reference computes it: times the reciprocal, unless that would be subnormal.
