@@ -1,0 +1,240 @@
+"""The shapes of a transformer that decide its memory, read from a Hugging Face `config.json`. Standard library only."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+# model_type -> what its config.json does not say. `biases` are the linear layers that carry a bias,
+# `norms` the (h,) norms of one layer, `qk_norm` a norm of every query and key head (Qwen 3, Gemma 3).
+FAMILIES = {
+    "llama": {},
+    "mistral": {},
+    "mixtral": {},
+    "qwen2": {"biases": ("q_proj", "k_proj", "v_proj")},
+    "qwen3": {"qk_norm": True},
+    "gemma": {"tied": True, "head_dim": 256},
+    "gemma2": {"tied": True, "head_dim": 256, "norms": 4},
+    "gemma3_text": {"tied": True, "head_dim": 256, "norms": 4, "qk_norm": True},
+    "t5": {"tied": True},
+}
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+class ConfigError(ValueError):
+    """The configuration cannot describe a model we know; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One linear layer of a block: `name`, `inputs` (in_features) and `outputs` (out_features)."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+    @property
+    def size(self) -> int:
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Shapes of one model. `layers` are decoder layers, or encoder layers where `decoder_layers` > 0 (T5)."""
+
+    name: str
+    model_type: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool = False
+    biases: tuple[str, ...] = ()
+    norms: int = 2
+    qk_norm: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
+    decoder_layers: int = 0
+    gated: bool = True
+    max_position: int = 0
+    source: str = ""
+
+    @property
+    def query_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def encoder_decoder(self) -> bool:
+        return self.decoder_layers > 0
+
+    def attention_matrices(self, names: tuple[str, ...] = ATTENTION) -> list[Matrix]:
+        h, q, kv = self.hidden, self.query_width, self.kv_width
+        shapes = ((h, q), (h, kv), (h, kv), (q, h))
+        return [Matrix(name, *shape) for name, shape in zip(names, shapes, strict=True)]
+
+    def mlp_matrices(self) -> list[Matrix]:
+        """The linear layers of the MLP. Fused experts are 3-D parameters, not linear layers: see `expert_parameters`."""
+        h, f = self.hidden, self.intermediate
+        if self.experts:
+            return []
+        if self.encoder_decoder:
+            first = [Matrix("wi_0", h, f), Matrix("wi_1", h, f)] if self.gated else [Matrix("wi", h, f)]
+            return [*first, Matrix("wo", f, h)]
+        return [Matrix("gate_proj", h, f), Matrix("up_proj", h, f), Matrix("down_proj", f, h)]
+
+    def linear_layers(self) -> list[tuple[Matrix, int]]:
+        """Every linear layer that QLoRA quantizes, with how many of it the model has (the head is not one of them)."""
+        if self.encoder_decoder:
+            attention = self.attention_matrices(("q", "k", "v", "o"))
+            encoder, decoder = self.layers, self.decoder_layers
+            return [(m, encoder + 2 * decoder) for m in attention] + [
+                (m, encoder + decoder) for m in self.mlp_matrices()
+            ]
+        return [(m, self.layers) for m in (*self.attention_matrices(), *self.mlp_matrices())]
+
+    def projection_names(self) -> tuple[str, ...]:
+        return tuple(m.name for m, _ in self.linear_layers())
+
+    def quantizable_parameters(self) -> int:
+        return sum(m.size * count for m, count in self.linear_layers())
+
+    def expert_parameters(self) -> int:
+        """Elements of the fused expert tensors [experts, ., .] of transformers v5 (no `nn.Linear`, so not quantized)."""
+        return self.layers * self.experts * 3 * self.hidden * self.intermediate
+
+    def embedding_parameters(self) -> int:
+        return self.vocab * self.hidden * (1 if self.tied else 2)
+
+    def small_parameters(self) -> int:
+        """Norm weights, biases, router weights, and T5's relative position tables."""
+        h = self.hidden
+        if self.encoder_decoder:
+            norms = h * (2 * self.layers + 3 * self.decoder_layers + 2)
+            return norms + 2 * 32 * self.heads  # 32 relative position buckets, one table a stack
+        widths = {m.name: m.outputs for m, _ in self.linear_layers()}
+        layer = self.norms * h + 2 * self.head_dim * self.qk_norm + sum(widths[name] for name in self.biases)
+        return self.layers * (layer + self.experts * h) + h
+
+    def parameters(self) -> int:
+        """All parameters, as a checkpoint counts them (a tied embedding once)."""
+        return (
+            self.quantizable_parameters()
+            + self.expert_parameters()
+            + self.embedding_parameters()
+            + self.small_parameters()
+        )
+
+
+def from_config(config: dict, name: str = "config.json", source: str = "") -> Architecture:
+    """Architecture of a Hugging Face config dictionary.
+
+    Raises `ConfigError` when `model_type` is unknown, a field is missing, or the fields contradict each other.
+    """
+    if not isinstance(config, dict):
+        raise ConfigError(f"{name} holds a {type(config).__name__}, not a JSON object of configuration fields.")
+    if isinstance(config.get("text_config"), dict):  # the language part of a vision-language model
+        config = config["text_config"]
+    model_type = config.get("model_type")
+    if model_type is None:
+        raise ConfigError(f"{name} has no field 'model_type'; known types are {', '.join(FAMILIES)}.")
+    if model_type not in FAMILIES:
+        raise ConfigError(
+            f"{name} says model_type '{model_type}', whose memory this package cannot compute; "
+            f"known types are {', '.join(FAMILIES)}."
+        )
+    return _t5(config, name, source) if model_type == "t5" else _decoder(config, model_type, name, source)
+
+
+def _integer(config: dict, field: str, name: str, default: int | None = None) -> int:
+    value = config.get(field)
+    value = default if value is None else value
+    if value is None:
+        raise ConfigError(f"{name} has no field '{field}', which the memory of the model depends on.")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} says {field} = {value!r}; it must be a positive integer.")
+    return value
+
+
+def _decoder(config: dict, model_type: str, name: str, source: str) -> Architecture:
+    family = FAMILIES[model_type]
+    hidden = _integer(config, "hidden_size", name)
+    heads = _integer(config, "num_attention_heads", name)
+    kv_heads = _integer(config, "num_key_value_heads", name, default=heads)
+    if heads % kv_heads:
+        raise ConfigError(f"{name}: {heads} attention heads cannot share {kv_heads} key-value heads evenly.")
+    head_dim = config.get("head_dim") or family.get("head_dim")
+    if not head_dim and hidden % heads:
+        raise ConfigError(f"{name}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}.")
+    biases = family.get("biases", ())
+    if config.get("attention_bias"):
+        biases = ATTENTION
+    if config.get("mlp_bias"):
+        biases = (*biases, *MLP)
+    experts = _integer(config, "num_local_experts", name) if model_type == "mixtral" else 0
+    return Architecture(
+        name=name,
+        model_type=model_type,
+        hidden=hidden,
+        intermediate=_integer(config, "intermediate_size", name),
+        layers=_integer(config, "num_hidden_layers", name),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=_integer({"head_dim": head_dim or hidden // heads}, "head_dim", name),
+        vocab=_integer(config, "vocab_size", name),
+        tied=bool(config.get("tie_word_embeddings", family.get("tied", False))),
+        biases=biases,
+        norms=family.get("norms", 2),
+        qk_norm=family.get("qk_norm", False),
+        experts=experts,
+        experts_per_token=_integer(config, "num_experts_per_tok", name) if experts else 0,
+        max_position=_integer(config, "max_position_embeddings", name, default=2**31),
+        source=source or name,
+    )
+
+
+def _t5(config: dict, name: str, source: str) -> Architecture:
+    heads = _integer(config, "num_heads", name)
+    layers = _integer(config, "num_layers", name)
+    feed_forward = str(config.get("feed_forward_proj", "relu"))
+    return Architecture(
+        name=name,
+        model_type="t5",
+        hidden=_integer(config, "d_model", name),
+        intermediate=_integer(config, "d_ff", name),
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=_integer(config, "d_kv", name),
+        vocab=_integer(config, "vocab_size", name),
+        tied=bool(config.get("tie_word_embeddings", True)),
+        decoder_layers=_integer(config, "num_decoder_layers", name, default=layers),
+        gated=feed_forward.startswith("gated"),
+        max_position=2**31,  # relative positions: no table to run out of
+        source=source or name,
+    )
+
+
+def read_config(path: str | Path) -> Architecture:
+    """Architecture of a `config.json`, or of a model folder that holds one."""
+    path = Path(path)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"There is no {file}; give a config.json, or a model folder that holds one.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid JSON ({error}).") from error
+    return from_config(config, name=str(file), source=str(file))
+
+
+def blocks(elements: int, block_size: int) -> int:
+    """How many blocks of `block_size` cover `elements`, the last one perhaps short."""
+    return math.ceil(elements / block_size)

@@ -1,0 +1,171 @@
+"""The closed-form estimate: bytes by category and phase, from shapes alone. Standard library only, microseconds.
+
+    peak = static + max over the phases of what only that phase holds
+
+Every term is exact for the module graph of this package under a 512-byte-granular allocator with no fragmentation;
+the trace (`trace.py`) runs that graph and must agree. What an operator-level view cannot see, the CUDA context, library
+workspaces and fragmentation, is a stated margin on top (`Margin`).
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from . import activations
+from .architecture import Architecture, ConfigError, blocks
+from .categories import (
+    ADAPTERS, CHECKPOINTS, EMBEDDINGS, FIRST_LAYER, GRADIENTS, LAST_LAYER, LEVEL1, LEVEL2, LOGITS, LOSS_BACKWARD,
+    LOSS_FORWARD, PACKED, PLAIN, SCRATCH, SMALL, STATES, STEP, TABLES, WORKING,
+)  # fmt: skip
+from .settings import BYTES, PAGED_BYTES, Settings
+
+FP32 = 4
+SMALLEST_8BIT = 4096  # elements; a smaller tensor keeps its states in fp32
+
+
+@dataclass(frozen=True)
+class Margin:
+    """What is on the card besides tensors: `context` bytes once, `fragmentation` as a share of the tensors.
+
+    Assumed, not measured: 0.8 GiB for CUDA context, cuBLAS and attention workspaces; 3 % for blocks that the caching
+    allocator reserves but cannot use (`expandable_segments`). `qlora-ref estimate --compare measure` measures both.
+    """
+
+    context: int = int(0.8 * 2**30)
+    fragmentation: float = 0.03
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one training setup. `static` lives in every phase; `phases[name]` only in that one; `host` in RAM."""
+
+    architecture: Architecture
+    settings: Settings
+    static: Counter
+    phases: dict[str, Counter]
+    host: int = 0
+    margin: Margin = field(default_factory=Margin)
+
+    def phase_bytes(self, phase: str) -> int:
+        return self.static.total() + self.phases[phase].total()
+
+    @property
+    def ranking(self) -> list[str]:
+        """Phases, largest first: the peak and its runner-up lead."""
+        return sorted(self.phases, key=self.phase_bytes, reverse=True)
+
+    @property
+    def peak_phase(self) -> str:
+        return self.ranking[0]
+
+    @property
+    def allocated(self) -> int:
+        """Peak of live tensors, what `torch.cuda.max_memory_allocated` reports."""
+        return self.phase_bytes(self.peak_phase)
+
+    @property
+    def dynamic(self) -> int:
+        return self.phases[self.peak_phase].total()
+
+    @property
+    def categories(self) -> Counter:
+        return self.static + self.phases[self.peak_phase]
+
+    @property
+    def needed(self) -> int:
+        """What the card must have: tensors, fragmentation, context."""
+        return int(self.allocated * (1 + self.margin.fragmentation)) + self.margin.context
+
+
+def estimate(architecture: Architecture, settings: Settings, margin: Margin | None = None) -> Estimate:
+    """Memory of one training step. Raises `ConfigError` when `settings.targets` names no layer of the model."""
+    trainable = trainable_tensors(architecture, settings)
+    static = _weights(architecture, settings)
+    static[ADAPTERS] = sum(trainable) * BYTES[settings.adapter_dtype] if settings.train == "adapters" else 0
+    static[STATES], host = _states(trainable, settings)
+    static[TABLES] = _tables(architecture, settings)
+    return Estimate(
+        architecture, settings, +static, _phases(architecture, settings, trainable), host, margin or Margin()
+    )
+
+
+def trainable_tensors(a: Architecture, s: Settings) -> list[int]:
+    """Elements of every trainable tensor: lora_A and lora_B of each target, or every parameter."""
+    if s.train == "full":
+        matrices = [m.size for m, count in a.linear_layers() for _ in range(count)]
+        return [*matrices, a.expert_parameters(), a.embedding_parameters(), a.small_parameters()]
+    targets = s.target_names(a)
+    pairs = [(m, count) for m, count in a.linear_layers() if m.name in targets]
+    return [s.rank * side for m, count in pairs for side in (m.inputs, m.outputs) for _ in range(count)]
+
+
+def _weights(a: Architecture, s: Settings) -> Counter:
+    out = Counter()
+    embedding = BYTES[s.embedding_dtype] if s.train == "adapters" else BYTES[s.weights]
+    out[EMBEDDINGS] = a.embedding_parameters() * embedding
+    out[SMALL] = a.small_parameters() * embedding
+    plain = BYTES.get(s.weights, BYTES[s.compute_dtype])
+    out[PLAIN] = a.expert_parameters() * plain  # fused experts are no nn.Linear: they stay 16-bit
+    if not s.quantized:
+        out[PLAIN] += a.quantizable_parameters() * plain
+        return out
+    for matrix, count in a.linear_layers():
+        level1 = blocks(matrix.size, s.block_size)
+        out[PACKED] += count * blocks(matrix.size, 2)
+        out[LEVEL1] += count * level1 * (1 if s.double_quant else FP32)
+        if s.double_quant:
+            out[LEVEL2] += count * FP32 * (blocks(level1, s.nested_block_size) + 1)  # and one mean
+    return out
+
+
+def state_bytes(sizes: Iterable[int], s: Settings) -> tuple[int, int]:
+    """(bytes of the states that a pager may move, bytes that stay on the device) for tensors of these sizes."""
+    movable = fixed = 0
+    for size in sizes:
+        if s.optimizer == "adamw8" and size >= SMALLEST_8BIT:
+            movable += 2 * size
+            fixed += 2 * FP32 * blocks(size, s.state_block)
+        else:
+            movable += 2 * FP32 * size
+    return movable, fixed
+
+
+def _states(sizes: list[int], s: Settings) -> tuple[int, int]:
+    """(bytes on the device, bytes in host memory)."""
+    movable, fixed = state_bytes(sizes, s)
+    if not s.paged:
+        return movable + fixed, 0
+    return min(movable, s.pool_mib * 2**20) + fixed, movable
+
+
+def _tables(a: Architecture, s: Settings) -> int:
+    """cos and sin (seq, head_dim), and token ids, labels, mask as int64."""
+    rotary = 0 if a.encoder_decoder else 2 * BYTES[s.compute_dtype] * s.seq * a.head_dim
+    return rotary + 3 * 8 * s.tokens
+
+
+def _phases(a: Architecture, s: Settings, trainable: list[int]) -> dict[str, Counter]:
+    layer = activations.Layer(a, s)
+    count = a.layers + a.decoder_layers
+    kept = layer.checkpoint if s.checkpointing else layer.saved()
+    kind = CHECKPOINTS if s.checkpointing else WORKING
+    gradients = sum(trainable) * (BYTES[s.adapter_dtype] if s.train == "adapters" else BYTES[s.weights])
+    worst = layer.backward()
+    inside = worst.working if s.checkpointing else worst.working - layer.saved()
+
+    def phase(kept_layers: int, working: int = 0, logits: int = 0, scratch: int = 0, grads: int = 0) -> Counter:
+        out = Counter({kind: kept_layers * kept})
+        out += Counter({WORKING: working, LOGITS: logits, SCRATCH: scratch})
+        out += Counter({GRADIENTS: gradients if s.keeps_gradients else grads})
+        return out
+
+    return {
+        LOSS_FORWARD: phase(count, *activations.loss_forward(a, s)),
+        LOSS_BACKWARD: phase(count, *activations.loss_backward(a, s)),
+        LAST_LAYER: phase(count, inside, 0, worst.scratch, worst.gradients),
+        FIRST_LAYER: phase(1, inside, 0, worst.scratch, gradients * (count - 1) // count + worst.gradients),
+        STEP: phase(0, grads=gradients),
+    }
+
+
+__all__ = ["ConfigError", "Estimate", "Margin", "PAGED_BYTES", "estimate", "state_bytes", "trainable_tensors"]
