@@ -33,8 +33,9 @@ class EloSettings:
     scale: float = 400.0
 
     def __post_init__(self) -> None:
-        if not (self.k > 0 and self.scale > 0 and self.base > 1):
-            raise ValueError(f"Elo needs k > 0, scale > 0 and base > 1; got {self}.")
+        # A K of many scales would overflow base ** (lead / scale); it is no rating either.
+        if not (0 < self.k <= 100 * self.scale and self.base > 1 and math.isfinite(self.start)):
+            raise ValueError(f"Elo needs 0 < k <= 100 * scale, base > 1 and a finite start; got {self}.")
 
 
 PRESETS = {

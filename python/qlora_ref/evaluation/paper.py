@@ -1,9 +1,27 @@
 """What the paper prints (arXiv 2305.14314), to compare with what its own rating files give."""
 
+import difflib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .relative import RelativeTable
+
+# Canonical names: the released ratings cover these (upstream file names say "30b" for the paper's 33B).
+SYSTEMS = ("chatgpt", "gpt-4", "bard", "vicuna-13b", "huggingchat-33b") + tuple(
+    f"{data}-{size}"
+    for data in (
+        "alpaca",
+        "chip2",
+        "flan",
+        "guanaco",
+        "hh-rlhf",
+        "longform",
+        "self-instruct",
+        "unnatural-instructions",
+    )
+    for size in ("7b", "13b", "33b", "65b")
+)
 
 TABLE6_CELLS = ("chatgpt_first", "system_first", "mean", "ci95")
 
@@ -72,3 +90,16 @@ def compare_table6(table: "RelativeTable") -> list[dict]:
                 | {"reason": reason}
             )
     return cells
+
+
+def unknown_systems(names: Iterable[str]) -> list[str]:
+    """Sentences about `names` that the paper does not know; any set of systems is rated, but a typo is seen."""
+    unknown = sorted(set(names) - set(SYSTEMS))
+    if not unknown:
+        return []
+    out = [f"{len(unknown)} x system not in the paper (rated like any other): {', '.join(unknown)}"]
+    for name in unknown:
+        near = difflib.get_close_matches(name.lower().replace("30b", "33b"), SYSTEMS, n=1, cutoff=0.85)
+        if near:
+            out.append(f"system '{name}' looks like the paper's '{near[0]}'; they are rated as two systems")
+    return out

@@ -1,0 +1,54 @@
+"""Options that several subverbs share."""
+
+import argparse
+import sys
+
+from .records import BAD_ROW_POLICIES
+from .report_tables import FORMATS, Result, render, write_text
+
+
+def parser(verb: str, description: str | None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"qlora-ref eval {verb}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_output(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--format", choices=FORMATS, default="text", help="csv holds one table (default: text)")
+    p.add_argument("--table", metavar="NAME", help="only this table (csv: default the first)")
+    p.add_argument("--out", metavar="FILE", help="write there instead of printing")
+
+
+def add_bad_rows(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--bad-rows",
+        choices=BAD_ROW_POLICIES,
+        default=BAD_ROW_POLICIES[0],
+        help="duplicate ids and scores out of range: refuse the file, or leave the rows out and name them",
+    )
+
+
+def add_human(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("human ratings (rows with the key annotator)")
+    group.add_argument("--annotators", choices=("majority", "each", "first"), default="majority")
+    group.add_argument("--no-majority", choices=("tie", "drop"), default="tie")
+    group.add_argument("--raters", type=positive_int, default=3, metavar="N", help="annotations per item (default 3)")
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def emit(result: Result, args: argparse.Namespace) -> None:
+    """Prints or writes the result; with csv, which has no place for them, settings and notes go to stderr."""
+    text = render(result, args.format, args.table)
+    if args.format == "csv":
+        print("; ".join(f"{k} {v}" for k, v in result.settings.items()), *result.notes, sep="\n", file=sys.stderr)
+    if args.out:
+        write_text(args.out, text)
+        print(f"wrote {args.out}", file=sys.stderr)
+    else:
+        sys.stdout.write(text)
