@@ -1,0 +1,43 @@
+"""The two update operations of PagedAdamW that torch has no kernel for, on PyTorch's dispatcher like those in ops.py.
+
+    adamw_        float32 moments of float32 or bf16 parameters, lists of 1-D pieces
+    adamw_8bit_   8-bit moments; every piece starts at a block of 256
+
+The reference serves every device; a native kernel, where built, is registered for its own device key and wins there.
+`steps` are float32 tensors of one element, already counted up for this step, on the device of the pieces.
+"""
+
+import torch
+
+from . import native
+from .reference.adamw import AdamWScalars, adamw_step, adamw_step_8bit
+
+_SCALARS = "*, float lr, float beta1, float beta2, float weight_decay, float eps"
+_lib = torch.library.Library("qlora_ref", "FRAGMENT")
+_lib.define(
+    "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] steps, "
+    f"{_SCALARS}) -> ()"
+)
+_lib.define(
+    "adamw_8bit_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] m_codes, Tensor(c!)[] m_absmax, "
+    f"Tensor(d!)[] v_codes, Tensor(e!)[] v_absmax, Tensor[] steps, {_SCALARS}) -> ()"
+)
+
+
+def _adamw(params, grads, exp_avgs, exp_avg_sqs, steps, **scalars):
+    for *tensors, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        adamw_step(*tensors, AdamWScalars(int(step), **scalars))
+
+
+def _adamw_8bit(params, grads, m_codes, m_absmax, v_codes, v_absmax, steps, **scalars):
+    rows = zip(params, grads, zip(m_codes, m_absmax, v_codes, v_absmax, strict=True), steps, strict=True)
+    for param, grad, states, step in rows:
+        adamw_step_8bit(param, grad, states, AdamWScalars(int(step), **scalars))
+
+
+_lib.impl("adamw_", _adamw, "CompositeExplicitAutograd")
+_lib.impl("adamw_8bit_", _adamw_8bit, "CompositeExplicitAutograd")
+for _backend, _key in ((native.cpu, "CPU"), (native.cuda, "CUDA")):
+    if hasattr(_backend, "adamw"):
+        _lib.impl("adamw_", _backend.adamw, _key)
+        _lib.impl("adamw_8bit_", _backend.adamw_8bit, _key)
