@@ -44,7 +44,7 @@ void set_num_threads(int threads);
 
 // Names of the variants compiled in that this CPU can run, slowest first ("scalar" is always there).
 std::vector<std::string> cpu_variants();
-// The one in use. At start the last of cpu_variants(), or what QLORA_CPU_VARIANT names.
+// The one in use; at start the last of cpu_variants() (native.py then sets what QLORA_CPU_VARIANT names).
 std::string cpu_variant();
 // Throws std::invalid_argument with a sentence if `name` is not one of cpu_variants().
 void set_cpu_variant(const std::string& name);

@@ -1,0 +1,372 @@
+"""The only importer of the compiled module `_C`, and the place of every check between a tensor and a raw pointer.
+
+    native.cpu, native.cuda    a Backend with the functions of src/cpp/kernels.h, or None
+    native.missing["cuda"]     then one sentence: why, and what mends it ("" if nothing is missing)
+    native.cpu_variants()      the instruction sets this build can use on this CPU; set_cpu_variant(name) takes one
+
+Both backends have the same methods, equal to the reference function named in each. Tensors may be non-contiguous (they
+are copied); wrong dtypes, devices and sizes raise TypeError or ValueError. Environment, read once at import:
+QLORA_BACKEND=reference leaves both None; QLORA_CPU_VARIANT=name forces a variant.
+"""
+
+import os
+import struct
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .reference.blockwise import check_block_size
+from .reference.codebook import Codebook
+from .reference.double_quant import Map8
+from .source_hash import source_hash
+
+_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of types.h
+_tables: dict[int, tuple[Any, bytes]] = {}  # id -> (the table, kept alive, and its struct)
+
+
+def _table(table: Codebook | Map8) -> bytes:
+    """The bytes of struct Codebook or struct Map8 (types.h), built once for each table object."""
+    known = _tables.get(id(table))
+    if known is None:
+        if isinstance(table, Codebook):
+            tail = struct.pack("16B2B2x", *table.order.tolist(), table.zero_code, table.signed_absmax)
+        else:
+            tail = struct.pack("i", table.zero_code)
+        floats = torch.cat([table.levels, table.thresholds]).float().contiguous()
+        known = _tables[id(table)] = (table, floats.numpy().tobytes() + tail)
+    return known[1]
+
+
+def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> torch.Tensor:
+    """The contiguous tensor, or a sentence."""
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, not {tensor.dtype}")
+    if tensor.numel() != numel:
+        raise ValueError(f"{name} has {tensor.numel()} elements where {numel} are needed for this shape and block size")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device} and the other tensors on {device}; move them together with .to()")
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _check_float(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype not in _DTYPE:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, not {tensor.dtype}; convert with .float()")
+    return tensor.contiguous()
+
+
+class Backend:
+    """The functions of src/cpp/kernels.h on tensors of one device type. Subclasses say how a kernel is called."""
+
+    device_type: str
+
+    def __init__(self, module):
+        self._c = module
+
+    def _call(self, function, device: torch.device, *args) -> None:
+        raise NotImplementedError
+
+    def _map_address(self, map8: Map8, device: torch.device) -> int:
+        """Where the 256 levels of `map8` lie on `device`."""
+        return map8.levels.data_ptr()
+
+    def _check_device(self, device: torch.device) -> torch.device:
+        if device.type != self.device_type:
+            raise ValueError(f"this is the {self.device_type} backend and the tensor is on {device}; move it with .to()")
+        return device
+
+    # --- quantization ------------------------------------------------------------------------------------------------
+
+    def quantize_4bit(
+        self, x: torch.Tensor, codebook: Codebook, block_size: int = 64
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """reference.blockwise.quantize_blockwise(check_finite=False): packed ((n + 1) // 2,) u8, absmax f32."""
+        check_block_size(block_size)
+        x = _check_float("x", x)
+        device, n = self._check_device(x.device), x.numel()
+        packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)
+        absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=device)
+        self._call(
+            self._c.quantize_4bit,
+            device,
+            *(x.data_ptr(), _DTYPE[x.dtype], n, block_size, _table(codebook), packed.data_ptr(), absmax.data_ptr()),
+        )
+        return packed, absmax
+
+    def double_quantize(
+        self, absmax: torch.Tensor, mean: torch.Tensor, map8: Map8, nested_block_size: int = 256
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """reference.double_quant.double_quantize: codes (n,) u8, nested_absmax (ceil(n / nested_block_size),) f32."""
+        check_block_size(nested_block_size)
+        device, n = self._check_device(absmax.device), absmax.numel()
+        absmax = _check("absmax", absmax, torch.float32, n, device)
+        mean = _check("mean", mean, torch.float32, 1, device)
+        codes = torch.empty(n, dtype=torch.uint8, device=device)
+        nested_absmax = torch.empty(-(-n // nested_block_size), dtype=torch.float32, device=device)
+        self._call(
+            self._c.double_quantize,
+            device,
+            *(absmax.data_ptr(), n, mean.data_ptr(), nested_block_size, _table(map8)),
+            *(codes.data_ptr(), nested_absmax.data_ptr()),
+        )
+        return codes, nested_absmax
+
+    def double_dequantize(
+        self,
+        codes: torch.Tensor,
+        nested_absmax: torch.Tensor,
+        mean: torch.Tensor,
+        map8: Map8,
+        nested_block_size: int = 256,
+    ) -> torch.Tensor:
+        """reference.double_quant.double_dequantize: absmax (n,) f32."""
+        check_block_size(nested_block_size)
+        device, n = self._check_device(codes.device), codes.numel()
+        codes = _check("codes", codes, torch.uint8, n, device)
+        nested_absmax = _check("nested_absmax", nested_absmax, torch.float32, -(-n // nested_block_size), device)
+        mean = _check("mean", mean, torch.float32, 1, device)
+        out = torch.empty(n, dtype=torch.float32, device=device)
+        self._call(
+            self._c.double_dequantize,
+            device,
+            *(codes.data_ptr(), nested_absmax.data_ptr(), mean.data_ptr(), self._map_address(map8, device)),
+            *(nested_block_size, n, out.data_ptr()),
+        )
+        return out
+
+    # --- the weight ----------------------------------------------------------------------------------------------------
+
+    def _weight(
+        self, packed, absmax, nested_absmax, absmax_mean, codebook, block_size, map8, nested_block_size, rows, cols
+    ) -> tuple[tuple, tuple]:
+        """The arguments of struct Weight4bit for _C, and the tensors that must outlive the call."""
+        check_block_size(block_size)
+        device, n = self._check_device(packed.device), rows * cols
+        n_blocks = -(-n // block_size)
+        packed = _check("packed", packed, torch.uint8, (n + 1) // 2, device)
+        if nested_absmax is None:
+            absmax = _check("absmax", absmax, torch.float32, n_blocks, device)
+            kept = (packed, absmax)
+            absmax_args = (absmax.data_ptr(), 0, 0, 0, 0, 1)
+        else:
+            if map8 is None or absmax_mean is None:
+                raise ValueError("nested_absmax is given, so map8 and absmax_mean must be given too")
+            check_block_size(nested_block_size)
+            codes = _check("absmax (the codes, as nested_absmax is given)", absmax, torch.uint8, n_blocks, device)
+            nested = _check("nested_absmax", nested_absmax, torch.float32, -(-n_blocks // nested_block_size), device)
+            mean = _check("absmax_mean", absmax_mean, torch.float32, 1, device)
+            kept = (packed, codes, nested, mean)
+            absmax_args = (0, codes.data_ptr(), nested.data_ptr(), mean.data_ptr())
+            absmax_args += (self._map_address(map8, device), nested_block_size)
+        return (packed.data_ptr(), *absmax_args, rows, cols, block_size, _table(codebook)), kept
+
+    def dequantize_4bit(
+        self,
+        packed: torch.Tensor,
+        absmax: torch.Tensor,
+        nested_absmax: torch.Tensor | None,
+        absmax_mean: torch.Tensor | None,
+        codebook: Codebook,
+        block_size: int,
+        map8: Map8 | None,
+        nested_block_size: int,
+        shape: tuple[int, ...] | torch.Size,
+        dtype: torch.dtype = torch.float32,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """reference.blockwise.dequantize_blockwise; `absmax` is u8 codes if `nested_absmax` is given.
+
+        `out`: the tensor to write, of this shape and dtype, contiguous or (2-D) with a longer row stride.
+        """
+        shape = torch.Size(shape)
+        if dtype == torch.float64:  # gradcheck computes in it; exact from float32
+            weight = packed, absmax, nested_absmax, absmax_mean, codebook, block_size, map8, nested_block_size
+            return self.dequantize_4bit(*weight, shape, torch.float32).double()
+        if dtype not in _DTYPE:
+            raise TypeError(f"can dequantize to float32, bfloat16, float16 or float64, not {dtype}")
+        cols = shape[-1] if len(shape) else 1
+        rows = shape.numel() // cols if cols else 0
+        weight, kept = self._weight(
+            *(packed, absmax, nested_absmax, absmax_mean, codebook, block_size, map8, nested_block_size, rows, cols)
+        )
+        if out is None:
+            out = torch.empty(shape, dtype=dtype, device=packed.device)
+        row_stride = self._row_stride(out, shape, dtype, packed.device, cols)
+        self._call(self._c.dequantize_4bit, packed.device, *weight, out.data_ptr(), _DTYPE[dtype], row_stride)
+        return out
+
+    @staticmethod
+    def _row_stride(out, shape, dtype, device, cols) -> int:
+        if out.shape != shape or out.dtype != dtype or out.device != device:
+            raise ValueError(
+                f"out is {tuple(out.shape)} {out.dtype} on {out.device}; it must be {tuple(shape)} {dtype} on {device}"
+            )
+        if out.is_contiguous():
+            return cols
+        if out.dim() == 2 and out.stride(1) == 1 and out.stride(0) >= cols:
+            return out.stride(0)
+        raise ValueError("out must be contiguous, or 2-D with contiguous rows: pass out.contiguous() and copy back")
+
+    # --- the linear layer --------------------------------------------------------------------------------------------
+
+    def linear_4bit_forward(
+        self,
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        absmax: torch.Tensor,
+        nested_absmax: torch.Tensor | None,
+        absmax_mean: torch.Tensor | None,
+        codebook: Codebook,
+        block_size: int,
+        map8: Map8 | None,
+        nested_block_size: int,
+        out_features: int,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """y (..., out) = x (..., in) W'^T + bias in the dtype of x: float32 accumulation, one rounding."""
+        weight_args = packed, absmax, nested_absmax, absmax_mean, codebook, block_size, map8, nested_block_size
+        in_features = x.shape[-1]
+        if x.dtype == torch.float64:
+            weight = self.dequantize_4bit(*weight_args, (out_features, in_features), x.dtype)
+            return torch.nn.functional.linear(x, weight, bias)
+        x = _check_float("x", x)
+        weight, kept = self._weight(*weight_args, out_features, in_features)
+        if bias is not None:
+            bias = _check("bias", bias, x.dtype, out_features, x.device)
+        y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
+        tokens = x.numel() // in_features if in_features else y.numel() // max(out_features, 1)
+        bias_address = 0 if bias is None else bias.data_ptr()
+        self._call(
+            self._c.linear_4bit_forward,
+            x.device,
+            *(x.data_ptr(), _DTYPE[x.dtype], tokens, *weight, bias_address, y.data_ptr()),
+        )
+        return y
+
+    def linear_4bit_backward(
+        self,
+        dy: torch.Tensor,
+        packed: torch.Tensor,
+        absmax: torch.Tensor,
+        nested_absmax: torch.Tensor | None,
+        absmax_mean: torch.Tensor | None,
+        codebook: Codebook,
+        block_size: int,
+        map8: Map8 | None,
+        nested_block_size: int,
+        in_features: int,
+    ) -> torch.Tensor:
+        """dx (..., in) = dy (..., out) W' in the dtype of dy, with the bit-same W' as the forward."""
+        weight_args = packed, absmax, nested_absmax, absmax_mean, codebook, block_size, map8, nested_block_size
+        out_features = dy.shape[-1]
+        if dy.dtype == torch.float64:
+            return dy @ self.dequantize_4bit(*weight_args, (out_features, in_features), dy.dtype)
+        dy = _check_float("dy", dy)
+        weight, kept = self._weight(*weight_args, out_features, in_features)
+        dx = torch.empty((*dy.shape[:-1], in_features), dtype=dy.dtype, device=dy.device)
+        tokens = dy.numel() // out_features if out_features else dx.numel() // max(in_features, 1)
+        self._call(
+            self._c.linear_4bit_backward,
+            dy.device,
+            *(dy.data_ptr(), _DTYPE[dy.dtype], tokens, *weight, dx.data_ptr()),
+        )
+        return dx
+
+
+class CpuBackend(Backend):
+    """On torch's number of threads (torch.set_num_threads)."""
+
+    device_type = "cpu"
+
+    def _call(self, function, device, *args):
+        function(*args, torch.get_num_threads())
+
+
+class CudaBackend(Backend):
+    """On the device of the tensors and torch's current stream there."""
+
+    device_type = "cuda"
+
+    def __init__(self, module):
+        super().__init__(module)
+        self._maps: dict[tuple[int, torch.device], torch.Tensor] = {}
+
+    def _call(self, function, device, *args):
+        here = device.index == torch.cuda.current_device()
+        with nullcontext() if here else torch.cuda.device(device):
+            function(*args, torch.cuda.current_stream(device).cuda_stream)
+
+    def _map_address(self, map8, device):
+        key = id(map8), device
+        if key not in self._maps:
+            _table(map8)  # keeps the object, and so its id, alive
+            self._maps[key] = map8.levels.to(device)
+        return self._maps[key].data_ptr()
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+BUILD_HINT = "build it with `cmake --preset cpu && cmake --build --preset cpu` (or `--preset cuda`), or `pip install .`"
+missing: dict[str, str] = {"cpu": "", "cuda": ""}
+cpu: CpuBackend | None = None
+cuda: CudaBackend | None = None
+module: Any = None  # _C
+
+
+def _stale(module) -> bool:
+    """Whether `_C` was built from other sources than those beside this package (False without sources)."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "src" / "cpp" / "kernels.h").is_file() or not (root / "CMakeLists.txt").is_file():
+        return False
+    return module.source_hash != source_hash(root, hasattr(module, "cuda"))
+
+
+def _load() -> tuple[Any, str]:
+    """(`_C`, "") or (None, why not)."""
+    if os.environ.get("QLORA_BACKEND") == "reference":
+        return None, "QLORA_BACKEND=reference asks for the pure PyTorch reference; unset it to use the kernels"
+    try:
+        from . import _C
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError):
+            return None, f"the compiled module qlora_ref._C is not there; {BUILD_HINT}"
+        return None, f"the compiled module qlora_ref._C does not load ({error}); {BUILD_HINT}"
+    if _stale(_C):
+        return None, f"the compiled module was built from other sources than those in src/; {BUILD_HINT}"
+    return _C, ""
+
+
+def _why_no_cuda(module) -> str:
+    """"" if the CUDA kernels can be used."""
+    if not hasattr(module, "cuda"):
+        return "_C was built without CUDA; put nvcc on PATH and build with `cmake --preset cuda && cmake --build --preset cuda`"
+    if not torch.backends.cuda.is_built():
+        return "this torch is a CPU build; install a CUDA build of torch (https://pytorch.org/get-started)"
+    if not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU; check `nvidia-smi` and CUDA_VISIBLE_DEVICES"
+    return ""
+
+
+def cpu_variants() -> list[str]:
+    """Variants of the CPU kernels that this build has and this CPU can run, slowest first; empty without `_C`."""
+    return module.cpu.variants() if cpu is not None else []
+
+
+def set_cpu_variant(name: str) -> None:
+    """Use this variant from now on (tests, benchmarks). ValueError with those available for any other name."""
+    if cpu is None:
+        raise RuntimeError(f"there are no CPU kernels: {missing['cpu']}")
+    module.cpu.set_variant(name)
+
+
+module, _reason = _load()
+if module is None:
+    missing["cpu"] = missing["cuda"] = _reason
+else:
+    cpu = CpuBackend(module.cpu)
+    if os.environ.get("QLORA_CPU_VARIANT"):
+        set_cpu_variant(os.environ["QLORA_CPU_VARIANT"])
+    missing["cuda"] = _why_no_cuda(module)
+    if not missing["cuda"]:
+        cuda = CudaBackend(module.cuda)

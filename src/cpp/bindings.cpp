@@ -1,0 +1,171 @@
+// Module _C: the functions of kernels.h for native.py, which is their only caller and makes every check.
+// Tensors arrive as addresses (0 for none), tables as the bytes of their struct, dtypes as the DType integer.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+
+#include "kernels.h"
+#include "source_hash.h"
+
+namespace py = pybind11;
+using namespace qlora;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// A struct out of the bytes native.py built with the same layout.
+template <class Table>
+Table table(const py::bytes& bytes) {
+  char* data;
+  Py_ssize_t size;
+  if (PyBytes_AsStringAndSize(bytes.ptr(), &data, &size) != 0) throw py::error_already_set();
+  if (size != Py_ssize_t(sizeof(Table))) {
+    throw std::invalid_argument("a table of " + std::to_string(size) + " bytes where the binary expects " +
+                                std::to_string(sizeof(Table)) + ": native.py and _C do not belong together, rebuild");
+  }
+  Table result;
+  std::memcpy(&result, data, sizeof result);
+  return result;
+}
+
+// The weight's arguments, in the order of native.py's Weight tuple.
+struct Weight {
+  Codebook codebook;
+  Weight4bit weight;
+};
+
+Weight make_weight(Address packed, Address absmax, Address codes, Address nested_absmax, Address mean, Address map,
+                   int64_t nested_block_size, int64_t rows, int64_t cols, int64_t block_size,
+                   const py::bytes& codebook) {
+  return {table<Codebook>(codebook),
+          {pointer<uint8_t>(packed),
+           {pointer<float>(absmax), pointer<uint8_t>(codes), pointer<float>(nested_absmax), pointer<float>(mean),
+            pointer<float>(map), nested_block_size},
+           rows,
+           cols,
+           block_size}};
+}
+
+#define WEIGHT_PARAMETERS                                                                                     \
+  Address packed, Address absmax, Address codes, Address nested_absmax, Address mean, Address map,            \
+      int64_t nested_block_size, int64_t rows, int64_t cols, int64_t block_size, const py::bytes &codebook
+#define WEIGHT                                                                                                \
+  make_weight(packed, absmax, codes, nested_absmax, mean, map, nested_block_size, rows, cols, block_size, codebook)
+
+// Last argument: the number of threads. The GIL is released while a kernel runs.
+void bind_cpu(py::module_ m) {
+  m.def("quantize_4bit", [](Address x, int dtype, int64_t n, int64_t block_size, const py::bytes& codebook,
+                            Address packed, Address absmax, int threads) {
+    auto codes = table<Codebook>(codebook);
+    py::gil_scoped_release release;
+    set_num_threads(threads);
+    quantize_4bit(pointer<void>(x), DType(dtype), n, block_size, codes, pointer<uint8_t>(packed),
+                  pointer<float>(absmax));
+  });
+  m.def("dequantize_4bit", [](WEIGHT_PARAMETERS, Address out, int dtype, int64_t row_stride, int threads) {
+    auto w = WEIGHT;
+    py::gil_scoped_release release;
+    set_num_threads(threads);
+    dequantize_4bit(w.weight, w.codebook, pointer<void>(out), DType(dtype), row_stride);
+  });
+  m.def("double_quantize", [](Address absmax, int64_t n, Address mean, int64_t nested_block_size, const py::bytes& map,
+                              Address codes, Address nested_absmax, int threads) {
+    auto map8 = table<Map8>(map);
+    py::gil_scoped_release release;
+    set_num_threads(threads);
+    double_quantize(pointer<float>(absmax), n, *pointer<float>(mean), nested_block_size, map8, pointer<uint8_t>(codes),
+                    pointer<float>(nested_absmax));
+  });
+  m.def("double_dequantize", [](Address codes, Address nested_absmax, Address mean, Address map,
+                                int64_t nested_block_size, int64_t n, Address out, int threads) {
+    Absmax absmax{nullptr, pointer<uint8_t>(codes), pointer<float>(nested_absmax), pointer<float>(mean),
+                  pointer<float>(map), nested_block_size};
+    py::gil_scoped_release release;
+    set_num_threads(threads);
+    double_dequantize(absmax, n, pointer<float>(out));
+  });
+  m.def("linear_4bit_forward",
+        [](Address x, int dtype, int64_t tokens, WEIGHT_PARAMETERS, Address bias, Address y, int threads) {
+          auto w = WEIGHT;
+          py::gil_scoped_release release;
+          set_num_threads(threads);
+          linear_4bit_forward(pointer<void>(x), DType(dtype), tokens, w.weight, w.codebook, pointer<void>(bias),
+                              pointer<void>(y));
+        });
+  m.def("linear_4bit_backward",
+        [](Address dy, int dtype, int64_t tokens, WEIGHT_PARAMETERS, Address dx, int threads) {
+          auto w = WEIGHT;
+          py::gil_scoped_release release;
+          set_num_threads(threads);
+          linear_4bit_backward(pointer<void>(dy), DType(dtype), tokens, w.weight, w.codebook, pointer<void>(dx));
+        });
+  m.def("variants", &cpu_variants);
+  m.def("variant", &cpu_variant);
+  m.def("set_variant", &set_cpu_variant);
+}
+
+#ifdef QLORA_HAS_CUDA
+// Last argument: the cudaStream_t.
+void bind_cuda(py::module_ m) {
+  m.def("quantize_4bit", [](Address x, int dtype, int64_t n, int64_t block_size, const py::bytes& codebook,
+                            Address packed, Address absmax, Address stream) {
+    auto codes = table<Codebook>(codebook);
+    py::gil_scoped_release release;
+    cuda::quantize_4bit(pointer<void>(x), DType(dtype), n, block_size, codes, pointer<uint8_t>(packed),
+                        pointer<float>(absmax), pointer<void>(stream));
+  });
+  m.def("dequantize_4bit", [](WEIGHT_PARAMETERS, Address out, int dtype, int64_t row_stride, Address stream) {
+    auto w = WEIGHT;
+    py::gil_scoped_release release;
+    cuda::dequantize_4bit(w.weight, w.codebook, pointer<void>(out), DType(dtype), row_stride, pointer<void>(stream));
+  });
+  m.def("double_quantize", [](Address absmax, int64_t n, Address mean, int64_t nested_block_size, const py::bytes& map,
+                              Address codes, Address nested_absmax, Address stream) {
+    auto map8 = table<Map8>(map);
+    py::gil_scoped_release release;
+    cuda::double_quantize(pointer<float>(absmax), n, pointer<float>(mean), nested_block_size, map8,
+                          pointer<uint8_t>(codes), pointer<float>(nested_absmax), pointer<void>(stream));
+  });
+  m.def("double_dequantize", [](Address codes, Address nested_absmax, Address mean, Address map,
+                                int64_t nested_block_size, int64_t n, Address out, Address stream) {
+    Absmax absmax{nullptr, pointer<uint8_t>(codes), pointer<float>(nested_absmax), pointer<float>(mean),
+                  pointer<float>(map), nested_block_size};
+    py::gil_scoped_release release;
+    cuda::double_dequantize(absmax, n, pointer<float>(out), pointer<void>(stream));
+  });
+  m.def("linear_4bit_forward",
+        [](Address x, int dtype, int64_t tokens, WEIGHT_PARAMETERS, Address bias, Address y, Address stream) {
+          auto w = WEIGHT;
+          py::gil_scoped_release release;
+          cuda::linear_4bit_forward(pointer<void>(x), DType(dtype), tokens, w.weight, w.codebook, pointer<void>(bias),
+                                    pointer<void>(y), pointer<void>(stream));
+        });
+  m.def("linear_4bit_backward",
+        [](Address dy, int dtype, int64_t tokens, WEIGHT_PARAMETERS, Address dx, Address stream) {
+          auto w = WEIGHT;
+          py::gil_scoped_release release;
+          cuda::linear_4bit_backward(pointer<void>(dy), DType(dtype), tokens, w.weight, w.codebook, pointer<void>(dx),
+                                     pointer<void>(stream));
+        });
+  m.attr("archs") = QLORA_CUDA_ARCHS;
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Kernels of qlora_ref. Use qlora_ref.native: nothing is checked here.";
+  m.attr("source_hash") = QLORA_SOURCE_HASH;
+  m.attr("compiler") = QLORA_COMPILER;
+  bind_cpu(m.def_submodule("cpu"));
+#ifdef QLORA_HAS_CUDA
+  bind_cuda(m.def_submodule("cuda"));
+#endif
+}

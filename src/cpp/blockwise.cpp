@@ -1,0 +1,78 @@
+// Quantize and dequantize: cuts the tensor into runs of whole blocks, one thread each; the loops are the variant's.
+#include "blockwise.h"
+
+#include "kernels.h"
+#include "parallel.h"
+#include "variant.h"
+
+namespace qlora {
+namespace {
+
+constexpr int64_t kGrain = 32 * 1024;  // elements: a few microseconds, and a multiple of every block size
+
+int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+// One element, for the head of a row that starts in the middle of a byte.
+void dequantize_head(const Weight4bit& weight, const float* absmax, const Codebook& codebook, int64_t i, DType dtype,
+                     char* out) {
+  uint8_t pair[1] = {uint8_t(weight.packed[i / 2] << 4)};  // the low nibble, as a first element
+  variant().dequantize[int(dtype)](pair, absmax, 1, weight.block_size, codebook, out);
+}
+
+}  // namespace
+
+void dequantize_run(const Weight4bit& weight, const Codebook& codebook, int64_t first, int64_t count, DType dtype,
+                    void* out_) {
+  const Variant& isa = variant();
+  char* out = static_cast<char*>(out_);
+  constexpr int64_t kBlocks = 256;
+  float decoded[kBlocks];
+  while (count > 0) {
+    int64_t block = first / weight.block_size, offset = first % weight.block_size;
+    int64_t room = offset ? weight.block_size - offset : kBlocks * weight.block_size;  // up to where this step may go
+    int64_t size = std::min(count, room);
+    const float* absmax = weight.absmax.absmax + block;
+    if (weight.absmax.codes) {
+      int64_t blocks = (offset + size + weight.block_size - 1) / weight.block_size;
+      isa.double_dequantize(weight.absmax, block, blocks, decoded);
+      absmax = decoded;
+    }
+    if (first % 2) {
+      size = 1;
+      dequantize_head(weight, absmax, codebook, first, dtype, out);
+    } else {
+      isa.dequantize[int(dtype)](weight.packed + first / 2, absmax, size, weight.block_size, codebook, out);
+    }
+    first += size;
+    count -= size;
+    out += size * element_size(dtype);
+  }
+}
+
+void quantize_4bit(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook,
+                   uint8_t* packed, float* absmax) {
+  const Variant& isa = variant();
+  parallel_for(n, kGrain, [&](int64_t begin, int64_t end) {
+    auto* from = static_cast<const char*>(x) + begin * element_size(dtype);
+    isa.quantize[int(dtype)](from, end - begin, block_size, codebook, packed + begin / 2, absmax + begin / block_size);
+  });
+}
+
+void dequantize_4bit(const Weight4bit& weight, const Codebook& codebook, void* out, DType dtype, int64_t row_stride) {
+  auto* base = static_cast<char*>(out);
+  if (row_stride == weight.cols) {
+    parallel_for(weight.rows * weight.cols, kGrain, [&](int64_t begin, int64_t end) {
+      dequantize_run(weight, codebook, begin, end - begin, dtype, base + begin * element_size(dtype));
+    });
+    return;
+  }
+  int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, weight.cols));
+  parallel_for(weight.rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      dequantize_run(weight, codebook, row * weight.cols, weight.cols, dtype,
+                     base + row * row_stride * element_size(dtype));
+    }
+  });
+}
+
+}  // namespace qlora

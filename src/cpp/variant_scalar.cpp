@@ -1,0 +1,118 @@
+// The inner loops in portable C++: the reference, element by element. The other variants equal this one bit for bit.
+#include <cstdint>
+
+#include "element.h"
+#include "variant.h"
+
+namespace qlora {
+namespace {
+
+constexpr int64_t kLargestBlock = 4096;
+constexpr uint32_t kInfinityBits = 0x7f800000u;
+const float kNaN = bits_to_float(0x7fc00000u);
+
+// reference block_absmax of x (n): NaN if an element is not finite, 0 below the smallest normal number.
+float block_absmax(const float* x, int64_t n, bool with_sign) {
+  uint32_t largest = 0;  // magnitudes order like their bits, and NaN above Inf
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t magnitude = float_to_bits(x[i]) & 0x7fffffffu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  if (largest >= kInfinityBits) return kNaN;
+  float absmax = bits_to_float(largest);
+  if (absmax < kSmallestNormal) return 0.0f;
+  if (!with_sign) return absmax;
+  for (int64_t i = 0; i < n; ++i) {
+    if (x[i] == absmax) return absmax;
+  }
+  return -absmax;
+}
+
+template <DType dtype>
+void quantize(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
+              float* absmax) {
+  using E = Element<dtype>;
+  auto* x = static_cast<const typename E::type*>(x_);
+  float block[kLargestBlock];
+  uint8_t codes[kLargestBlock];
+  for (int64_t start = 0; start < n; start += block_size) {
+    int64_t size = n - start < block_size ? n - start : block_size;
+    for (int64_t i = 0; i < size; ++i) block[i] = E::load(x[start + i]);
+    float scale = block_absmax(block, size, codebook.signed_absmax);
+    *absmax++ = scale;
+    if (scale == 0.0f) {
+      for (int64_t i = 0; i < size; ++i) codes[i] = codebook.zero_code;
+    } else {
+      float inverse = 1.0f / scale;
+      for (int64_t i = 0; i < size; ++i) {
+        codes[i] = codebook.order[count_below(normalize(block[i], scale, inverse), codebook.thresholds, 15)];
+      }
+    }
+    if (size % 2) codes[size] = codebook.zero_code;
+    for (int64_t i = 0; i < size; i += 2) *packed++ = uint8_t(codes[i] << 4 | codes[i + 1]);
+  }
+}
+
+template <DType dtype>
+void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t block_size, const Codebook& codebook,
+                void* out_) {
+  using E = Element<dtype>;
+  auto* out = static_cast<typename E::type*>(out_);
+  for (int64_t start = 0; start < n; start += block_size) {
+    int64_t size = n - start < block_size ? n - start : block_size;
+    typename E::type table[16];  // a block has only 16 different values
+    for (int code = 0; code < 16; ++code) table[code] = E::store(codebook.levels[code] * *absmax);
+    ++absmax;
+    for (int64_t i = 0; i < size / 2; ++i) {
+      *out++ = table[packed[i] >> 4];
+      *out++ = table[packed[i] & 15];
+    }
+    if (size % 2) *out++ = table[packed[size / 2] >> 4];
+    packed += block_size / 2;
+  }
+}
+
+// Number of the 255 thresholds strictly below s: they ascend, so by bisection. NaN gives 0.
+int count_below_255(float s, const float* thresholds) {
+  int count = 0;
+  for (int step = 128; step; step /= 2) count += thresholds[count + step - 1] < s ? step : 0;
+  return count;
+}
+
+void double_quantize(const float* absmax, int64_t n, float mean, const Map8& map, uint8_t* codes,
+                     float* nested_absmax) {
+  float d[kLargestBlock];
+  for (int64_t i = 0; i < n; ++i) d[i] = absmax[i] - mean;
+  float scale = block_absmax(d, n, false);
+  *nested_absmax = scale;
+  int lowest = 0;  // the lowest entry that reconstructs to >= 0; 0 if none does (NaN)
+  while (lowest < 256 && !(double_decode(map.levels[lowest], scale, mean) >= 0.0f)) ++lowest;
+  if (lowest == 256) lowest = 0;
+  float inverse = 1.0f / scale;
+  for (int64_t i = 0; i < n; ++i) {
+    int code = scale == 0.0f ? map.zero_code : count_below_255(normalize(d[i], scale, inverse), map.thresholds);
+    codes[i] = uint8_t(code > lowest ? code : lowest);
+  }
+}
+
+void double_dequantize(const Absmax& absmax, int64_t first, int64_t n, float* out) {
+  float mean = *absmax.mean;
+  for (int64_t i = 0; i < n; ++i) {
+    int64_t block = first + i;
+    out[i] = double_decode(absmax.map[absmax.codes[block]], absmax.nested_absmax[block / absmax.nested_block_size],
+                           mean);
+  }
+}
+
+}  // namespace
+
+const Variant scalar_variant = {
+    "scalar",
+    [] { return true; },
+    {quantize<DType::f32>, quantize<DType::bf16>, quantize<DType::f16>},
+    {dequantize<DType::f32>, dequantize<DType::bf16>, dequantize<DType::f16>},
+    double_quantize,
+    double_dequantize,
+};
+
+}  // namespace qlora
