@@ -86,7 +86,9 @@ def among_annotators(ratings: Ratings) -> ItemAgreement:
     """Between the annotators of a human file, items as stored."""
     if ratings.kind != "human":
         raise ValueError("agreement among annotators needs a human file (rows with the key annotator).")
-    return item_agreement(list(ratings.annotations.values()), "as stored: a was shown first", "not applicable")
+    return item_agreement(
+        list(ratings.annotations.values()), "as stored: a was shown first", "not applicable"
+    )
 
 
 def between_judges(one: Ratings, other: Ratings) -> ItemAgreement:
@@ -99,7 +101,9 @@ def between_judges(one: Ratings, other: Ratings) -> ItemAgreement:
 def after_swap(votes: list[Vote]) -> ItemAgreement:
     """A judge against itself when the two answers change places."""
     return item_agreement(
-        swapped_pairs(votes), "a < b as strings; the swapped label is turned back", "unparsed in either order dropped"
+        swapped_pairs(votes),
+        "a < b as strings; the swapped label is turned back",
+        "unparsed in either order dropped",
     )
 
 
@@ -117,5 +121,3 @@ def rank_agreement(one: dict[str, float], other: dict[str, float]) -> RankAgreem
         raise ValueError(f"the judges share {len(systems)} system(s); a rank correlation needs at least two.")
     x, y = ([ratings[name] for name in systems] for ratings in (one, other))
     return RankAgreement(systems, float(kendalltau(x, y).statistic), float(spearmanr(x, y).statistic))
-
-

@@ -7,7 +7,10 @@ from ..cli import UserError
 
 # subverb -> (module, what it does)
 SUBVERBS = {
-    "relative": ("cli_relative", "scores relative to ChatGPT in both presentation orders, with intervals (Table 6)"),
+    "relative": (
+        "cli_relative",
+        "scores relative to ChatGPT in both presentation orders, with intervals (Table 6)",
+    ),
     "elo": ("cli_elo", "a tournament: Elo over random orderings, replay, Bradley-Terry, order bias"),
     "agreement": ("cli_agreement", "Kendall, Spearman, Fleiss kappa between judges, annotators, orders"),
     "generate": ("cli_generate", "answers of a local model or an endpoint to a file of questions; resumable"),
@@ -24,7 +27,9 @@ SUBVERBS = {
 def usage() -> str:
     width = max(map(len, SUBVERBS))
     lines = [f"  {verb:<{width}}  {text}" for verb, (_, text) in SUBVERBS.items()]
-    return "\n".join(["usage: qlora-ref eval SUBVERB [options]   (SUBVERB --help for one of them)", "", *lines])
+    return "\n".join(
+        ["usage: qlora-ref eval SUBVERB [options]   (SUBVERB --help for one of them)", "", *lines]
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -35,7 +40,9 @@ def main(argv: list[str]) -> int:
     verb, rest = argv[0], argv[1:]
     if verb not in SUBVERBS:
         near = difflib.get_close_matches(verb, SUBVERBS, n=1)
-        raise UserError(f"no subverb '{verb}'. " + (f"Did you mean '{near[0]}'? " if near else "") + "\n" + usage())
+        raise UserError(
+            f"no subverb '{verb}'. " + (f"Did you mean '{near[0]}'? " if near else "") + "\n" + usage()
+        )
     try:
         module = importlib.import_module(f".{SUBVERBS[verb][0]}", __package__)
         return module.main(rest)

@@ -1,16 +1,30 @@
 """`qlora-ref eval agreement FILE [FILE2]`: a judge with itself after the swap, annotators, or two judges."""
 
+from dataclasses import asdict
+
 from . import agreement
 from .cli_common import add_bad_rows, add_human, add_output, emit, parser
 from .cli_elo import add_elo_options, matches_of, rate, ratings_of, settings_of
 from .report_tables import Result, Table
 from .tournament import Ratings
 
-_COLUMNS = ["comparison", "items", "raters", "kappa", "agreement", "unanimous", "share 1", "share 2", "share 3"]
+_COLUMNS = [
+    "comparison",
+    "items",
+    "raters",
+    "kappa",
+    "agreement",
+    "unanimous",
+    "share 1",
+    "share 2",
+    "share 3",
+]
 
 
 def main(argv: list[str]) -> int:
-    p = parser("agreement", "One file: annotators among themselves, or a judge after the swap. Two: also each other.")
+    p = parser(
+        "agreement", "One file: annotators among themselves, or a judge after the swap. Two: also each other."
+    )
     p.add_argument("file", help="ratings: .jsonl or .csv, plain or .gz")
     p.add_argument("other", nargs="?", help="a second judge's ratings of the same systems")
     add_elo_options(p)
@@ -20,7 +34,11 @@ def main(argv: list[str]) -> int:
     args = p.parse_args(argv)
     files = [args.file] + ([args.other] if args.other else [])
     judges = [ratings_of(path, args) for path in files]
-    found = [(name, value) for path, judge in zip(files, judges, strict=True) for name, value in _alone(path, judge)]
+    found = [
+        (name, value)
+        for path, judge in zip(files, judges, strict=True)
+        for name, value in _alone(path, judge)
+    ]
     notes = [note for judge in judges for note in judge.notes.lines()]
     tables = []
     if args.other:
@@ -30,13 +48,21 @@ def main(argv: list[str]) -> int:
             notes.append(str(error))
         tables.append(_system_level(judges, args))
     if not found and not tables:
-        raise ValueError("nothing to compare: no item was judged in both orders. Give a second file of ratings.")
-    tables.insert(0, Table("items", _COLUMNS, [_row(name, value) for name, value in found], dict.fromkeys(_COLUMNS, 4)))
+        raise ValueError(
+            "nothing to compare: no item was judged in both orders. Give a second file of ratings."
+        )
+    tables.insert(
+        0, Table("items", _COLUMNS, [_row(name, value) for name, value in found], dict.fromkeys(_COLUMNS, 4))
+    )
     notes += [f"{name}: orientation {v.orientation}; {v.missing}" for name, v in found]
     if any(value.kappa != value.kappa for _, value in found):
         notes.append("kappa is undefined where all ratings fall into one class")
-    settings = {"kappa": "Fleiss, classes 1/2/3 (first, second, tie)", "elo for ranks": settings_of(args)}
-    settings |= {"orderings": args.orderings, "seed": args.seed, "no majority": "tie"}
+    settings = {"kappa": "Fleiss, classes 1/2/3 (first, second, tie)", "preset": args.preset}
+    settings |= asdict(settings_of(args)) | {
+        "orderings": args.orderings,
+        "seed": args.seed,
+        "no majority": "tie",
+    }
     emit(Result("Agreement", settings, tables, notes), args)
     return 0
 

@@ -9,7 +9,9 @@ from .report_tables import FORMATS, Result, render, write_text
 
 def parser(verb: str, description: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
-        prog=f"qlora-ref eval {verb}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"qlora-ref eval {verb}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 
@@ -32,7 +34,9 @@ def add_human(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("human ratings (rows with the key annotator)")
     group.add_argument("--annotators", choices=("majority", "each", "first"), default="majority")
     group.add_argument("--no-majority", choices=("tie", "drop"), default="tie")
-    group.add_argument("--raters", type=positive_int, default=3, metavar="N", help="annotations per item (default 3)")
+    group.add_argument(
+        "--raters", type=positive_int, default=3, metavar="N", help="annotations per item (default 3)"
+    )
 
 
 def positive_int(text: str) -> int:
@@ -46,7 +50,12 @@ def emit(result: Result, args: argparse.Namespace) -> None:
     """Prints or writes the result; with csv, which has no place for them, settings and notes go to stderr."""
     text = render(result, args.format, args.table)
     if args.format == "csv":
-        print("; ".join(f"{k} {v}" for k, v in result.settings.items()), *result.notes, sep="\n", file=sys.stderr)
+        print(
+            "; ".join(f"{k} {v}" for k, v in result.settings.items()),
+            *result.notes,
+            sep="\n",
+            file=sys.stderr,
+        )
     if args.out:
         write_text(args.out, text)
         print(f"wrote {args.out}", file=sys.stderr)

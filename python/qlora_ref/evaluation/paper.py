@@ -86,7 +86,13 @@ def compare_table6(table: "RelativeTable") -> list[dict]:
             matches = paper_round(value) == printed
             reason = "" if matches else TABLE6_ERRATA.get(score.system, "unexplained")
             cells.append(
-                {"system": score.system, "cell": cell, "computed": value, "paper": printed, "matches": matches}
+                {
+                    "system": score.system,
+                    "cell": cell,
+                    "computed": value,
+                    "paper": printed,
+                    "matches": matches,
+                }
                 | {"reason": reason}
             )
     return cells

@@ -88,7 +88,11 @@ def relative_table(
     for row in rows:
         row["first"] = _shown_first(row, baseline, baseline_answer_ids)
     usable = set_aside(
-        rows, _score_problem, lambda row: (system_name(row, "system"), row["first"], item_of(row)), bad_rows, notes
+        rows,
+        _score_problem,
+        lambda row: (system_name(row, "system"), row["first"], item_of(row)),
+        bad_rows,
+        notes,
     )
     parsed = [row for row in usable if tuple(row["score"]) != (-1, -1)]
     by_system: dict[str, list[dict[str, Any]]] = {}
@@ -109,11 +113,15 @@ def _shown_first(row: dict[str, Any], baseline: str, baseline_ids: Collection[st
         )
     if baseline_ids is None:
         if stored is None:
-            raise BadInput(f"{row['_where']}: no key first; give the baseline's answers with --baseline-answers.")
+            raise BadInput(
+                f"{row['_where']}: no key first; give the baseline's answers with --baseline-answers."
+            )
         return stored
     is_baseline = [row.get(key) in baseline_ids for key in ("answer1_id", "answer2_id")]
     if sum(is_baseline) != 1:
-        raise BadInput(f"{row['_where']}: exactly one of answer1_id, answer2_id must be an answer of {baseline}.")
+        raise BadInput(
+            f"{row['_where']}: exactly one of answer1_id, answer2_id must be an answer of {baseline}."
+        )
     derived = baseline if is_baseline[0] else row["system"]
     if stored not in (None, derived):
         raise BadInput(f"{row['_where']}: first says {stored!r}, the answer ids say {derived!r}.")
@@ -196,6 +204,8 @@ def _name_missing(system: str, seen: dict, orders: dict, baseline: str, notes: N
     """Counts what the average does not see: missing halves, questions without a valid order."""
     for item, firsts in seen.items():
         for first in {baseline, system} - firsts:
-            notes.add("missing half (the question counts with its other order)", f"{system} {item}, {first} first")
+            notes.add(
+                "missing half (the question counts with its other order)", f"{system} {item}, {first} first"
+            )
         if not any(item in order for order in orders.values()):
             notes.add("question dropped, no valid order", f"{system} {item}")

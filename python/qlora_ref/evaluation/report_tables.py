@@ -85,16 +85,21 @@ def _as_text(result: Result, tables: list[Table]) -> str:
 
 def _aligned(table: Table) -> list[str]:
     cells = [table.columns] + [
-        [_shown(value, table.decimals.get(column, 2)) for column, value in zip(table.columns, row, strict=True)]
+        [
+            _shown(value, table.decimals.get(column, 2))
+            for column, value in zip(table.columns, row, strict=True)
+        ]
         for row in table.rows
     ]
     widths = [max(len(row[i]) for row in cells) for i in range(len(table.columns))]
     left = [
-        all(isinstance(row[i], str) for row in table.rows) and bool(table.rows) for i in range(len(table.columns))
+        all(isinstance(row[i], str) for row in table.rows) and bool(table.rows)
+        for i in range(len(table.columns))
     ]
     return [
         "  ".join(
-            cell.ljust(w) if is_left else cell.rjust(w) for cell, w, is_left in zip(row, widths, left, strict=True)
+            cell.ljust(w) if is_left else cell.rjust(w)
+            for cell, w, is_left in zip(row, widths, left, strict=True)
         ).rstrip()
         for row in cells
     ]
@@ -106,7 +111,13 @@ def _shown(value: Any, decimals: int) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.{decimals}f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return (
+        f"{value:.{decimals}f}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )
 
 
 def write_text(path: str | Path, text: str) -> None:

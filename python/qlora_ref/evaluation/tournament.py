@@ -112,7 +112,11 @@ def _human_ratings(
     require_keys(rows, ("a", "b", "annotator", "score"), "human ratings")
     notes = Notes()
     good = set_aside(
-        rows, lambda r: _label_problem(r, (1, 2, 3)), lambda r: (*_match_key(r), r["annotator"]), bad_rows, notes
+        rows,
+        lambda r: _label_problem(r, (1, 2, 3)),
+        lambda r: (*_match_key(r), r["annotator"]),
+        bad_rows,
+        notes,
     )
     items: dict[tuple, list[int]] = {}
     for row in good:
@@ -164,7 +168,9 @@ def _name_missing_halves(votes: list[Vote], notes: Notes) -> None:
     seen = {(v.a, v.b, v.item) for v in votes}
     for v in votes:
         if (v.b, v.a, v.item) not in seen:
-            notes.add("judged in one presentation order only (its match is used)", f"{v.a} first, {v.b}, {v.item}")
+            notes.add(
+                "judged in one presentation order only (its match is used)", f"{v.a} first, {v.b}, {v.item}"
+            )
 
 
 def to_matches(votes: list[Vote], ties: str = "half", unparsed: str = "drop") -> Matches:
@@ -199,7 +205,7 @@ def average_orders(matches: Matches) -> Matches:
 
 
 def net_table(votes: list[Vote]) -> dict[str, dict[str, float]]:
-    """"x|y" (x < y) -> wins, losses, ties of x over both orders, valid rows, and net = (wins - losses) / all."""
+    """ "x|y" (x < y) -> wins, losses, ties of x over both orders, valid rows, and net = (wins - losses) / all."""
     table: dict[str, Counter] = {}
     for vote in votes:
         if vote.label == UNPARSED:
