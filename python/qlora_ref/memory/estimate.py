@@ -12,15 +12,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from . import activations
-from .architecture import Architecture, ConfigError, blocks
-from .categories import (
-    ADAPTERS, CHECKPOINTS, EMBEDDINGS, FIRST_LAYER, GRADIENTS, LAST_LAYER, LEVEL1, LEVEL2, LOGITS, LOSS_BACKWARD,
-    LOSS_FORWARD, PACKED, PLAIN, SCRATCH, SMALL, STATES, STEP, TABLES, WORKING,
-)  # fmt: skip
-from .settings import BYTES, PAGED_BYTES, Settings
+from . import categories as row
+from .architecture import Architecture, blocks
+from .settings import BYTES, PAGE_BYTES, Settings
 
 FP32 = 4
-SMALLEST_8BIT = 4096  # elements; a smaller tensor keeps its states in fp32
+ALIGNMENT = 256  # elements: where a tensor may start in a page of 32-bit states
 
 
 @dataclass(frozen=True)
@@ -81,9 +78,9 @@ def estimate(architecture: Architecture, settings: Settings, margin: Margin | No
     """Memory of one training step. Raises `ConfigError` when `settings.targets` names no layer of the model."""
     trainable = trainable_tensors(architecture, settings)
     static = _weights(architecture, settings)
-    static[ADAPTERS] = sum(trainable) * BYTES[settings.adapter_dtype] if settings.train == "adapters" else 0
-    static[STATES], host = _states(trainable, settings)
-    static[TABLES] = _tables(architecture, settings)
+    static[row.ADAPTERS] = sum(trainable) * BYTES[settings.adapter_dtype] if settings.train == "adapters" else 0
+    static[row.STATES], host = _states(trainable, settings)
+    static[row.TABLES] = _tables(architecture, settings)
     return Estimate(
         architecture, settings, +static, _phases(architecture, settings, trainable), host, margin or Margin()
     )
@@ -102,40 +99,37 @@ def trainable_tensors(a: Architecture, s: Settings) -> list[int]:
 def _weights(a: Architecture, s: Settings) -> Counter:
     out = Counter()
     embedding = BYTES[s.embedding_dtype] if s.train == "adapters" else BYTES[s.weights]
-    out[EMBEDDINGS] = a.embedding_parameters() * embedding
-    out[SMALL] = a.small_parameters() * embedding
+    out[row.EMBEDDINGS] = a.embedding_parameters() * embedding
+    out[row.SMALL] = a.small_parameters() * embedding
     plain = BYTES.get(s.weights, BYTES[s.compute_dtype])
-    out[PLAIN] = a.expert_parameters() * plain  # fused experts are no nn.Linear: they stay 16-bit
+    out[row.PLAIN] = a.expert_parameters() * plain  # fused experts are no nn.Linear: they stay 16-bit
     if not s.quantized:
-        out[PLAIN] += a.quantizable_parameters() * plain
+        out[row.PLAIN] += a.quantizable_parameters() * plain
         return out
     for matrix, count in a.linear_layers():
         level1 = blocks(matrix.size, s.block_size)
-        out[PACKED] += count * blocks(matrix.size, 2)
-        out[LEVEL1] += count * level1 * (1 if s.double_quant else FP32)
+        out[row.PACKED] += count * blocks(matrix.size, 2)
+        out[row.LEVEL1] += count * level1 * (1 if s.double_quant else FP32)
         if s.double_quant:
-            out[LEVEL2] += count * FP32 * (blocks(level1, s.nested_block_size) + 1)  # and one mean
+            out[row.LEVEL2] += count * FP32 * (blocks(level1, s.nested_block_size) + 1)  # and one mean
     return out
 
 
-def state_bytes(sizes: Iterable[int], s: Settings) -> tuple[int, int]:
-    """(bytes of the states that a pager may move, bytes that stay on the device) for tensors of these sizes."""
-    movable = fixed = 0
-    for size in sizes:
-        if s.optimizer == "adamw8" and size >= SMALLEST_8BIT:
-            movable += 2 * size
-            fixed += 2 * FP32 * blocks(size, s.state_block)
-        else:
-            movable += 2 * FP32 * size
-    return movable, fixed
+def state_bytes(sizes: Iterable[int], s: Settings) -> int:
+    """Bytes of the states of tensors of these sizes: whole pages, in which every tensor starts at a block.
+
+    A 32-bit page holds both moments of its elements, an 8-bit page their codes and one fp32 absmax a block each.
+    """
+    block = ALIGNMENT if s.optimizer == "adamw32" else s.state_block
+    block_bytes = 2 * FP32 * block if s.optimizer == "adamw32" else 2 * block + 2 * FP32
+    elements = sum(blocks(size, block) * block for size in sizes)
+    return blocks(elements, PAGE_BYTES // block_bytes * block) * PAGE_BYTES
 
 
 def _states(sizes: list[int], s: Settings) -> tuple[int, int]:
-    """(bytes on the device, bytes in host memory)."""
-    movable, fixed = state_bytes(sizes, s)
-    if not s.paged:
-        return movable + fixed, 0
-    return min(movable, s.pool_mib * 2**20) + fixed, movable
+    """(bytes on the device, bytes in host memory). The pool stays on the device between steps."""
+    states = state_bytes(sizes, s)
+    return (min(states, s.pool_mib * 2**20), states) if s.paged else (states, 0)
 
 
 def _tables(a: Architecture, s: Settings) -> int:
@@ -148,24 +142,22 @@ def _phases(a: Architecture, s: Settings, trainable: list[int]) -> dict[str, Cou
     layer = activations.Layer(a, s)
     count = a.layers + a.decoder_layers
     kept = layer.checkpoint if s.checkpointing else layer.saved()
-    kind = CHECKPOINTS if s.checkpointing else WORKING
+    kind = row.CHECKPOINTS if s.checkpointing else row.WORKING
     gradients = sum(trainable) * (BYTES[s.adapter_dtype] if s.train == "adapters" else BYTES[s.weights])
     worst = layer.backward()
     inside = worst.working if s.checkpointing else worst.working - layer.saved()
 
     def phase(kept_layers: int, working: int = 0, logits: int = 0, scratch: int = 0, grads: int = 0) -> Counter:
         out = Counter({kind: kept_layers * kept})
-        out += Counter({WORKING: working, LOGITS: logits, SCRATCH: scratch})
-        out += Counter({GRADIENTS: gradients if s.keeps_gradients else grads})
+        out += Counter({row.WORKING: working, row.LOGITS: logits, row.SCRATCH: scratch})
+        out += Counter({row.GRADIENTS: gradients if s.keeps_gradients else grads})
         return out
 
     return {
-        LOSS_FORWARD: phase(count, *activations.loss_forward(a, s)),
-        LOSS_BACKWARD: phase(count, *activations.loss_backward(a, s)),
-        LAST_LAYER: phase(count, inside, 0, worst.scratch, worst.gradients),
-        FIRST_LAYER: phase(1, inside, 0, worst.scratch, gradients * (count - 1) // count + worst.gradients),
-        STEP: phase(0, grads=gradients),
+        row.LOSS_FORWARD: phase(count, *activations.loss_forward(a, s)),
+        row.LOSS_BACKWARD: phase(count, *activations.loss_backward(a, s)),
+        row.LAST_LAYER: phase(count, inside, 0, worst.scratch, worst.gradients),
+        row.FIRST_LAYER: phase(1, inside, 0, worst.scratch, gradients * (count - 1) // count + worst.gradients),
+        row.STEP: phase(0, grads=gradients),
     }
 
-
-__all__ = ["ConfigError", "Estimate", "Margin", "PAGED_BYTES", "estimate", "state_bytes", "trainable_tensors"]

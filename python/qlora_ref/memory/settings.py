@@ -10,7 +10,6 @@ WEIGHTS = (*FOUR_BIT, "bf16", "fp16", "fp32")
 OPTIMIZERS = ("adamw32", "adamw8")
 ATTENTION_KINDS = ("flash", "eager")
 PAGE_BYTES = 2 * 2**20  # one root chunk of CUDA unified memory, and the page of the pager
-PAGED_BYTES = {"adamw32": 4, "adamw8": 1}  # bytes of one element of a state in a page
 T5_ATTENTION = ("q", "k", "v", "o")
 
 
@@ -106,11 +105,10 @@ def check(s: Settings) -> None:
             f"--train full with --weights {s.weights}: 4-bit weights are frozen and get no gradient; "
             "use --train adapters, or --weights bf16."
         )
-    page_elements = PAGE_BYTES // PAGED_BYTES[s.optimizer]
-    if s.paged and s.optimizer == "adamw8" and page_elements % s.state_block:
+    if s.optimizer == "adamw8" and (s.state_block < 32 or s.state_block & (s.state_block - 1)):
         raise ConfigError(
-            f"--state-block {s.state_block} with paged 8-bit states: a page holds {page_elements} elements, which is "
-            "not a whole number of blocks; use a power of two such as 256."
+            f"--state-block {s.state_block} with 8-bit states: pages and windows are cut at powers of two, which a block "
+            "of that many elements would straddle; use a power of two such as 256."
         )
     if s.paged and s.pool_mib * 2**20 < PAGE_BYTES * 2:
         raise ConfigError(f"--pool-mib {s.pool_mib}: the pool needs a page of each moment, {2 * PAGE_BYTES >> 20} MiB.")

@@ -28,15 +28,16 @@ class Peak:
 
 
 class Tracker(TorchDispatchMode):
-    """`with Tracker(op_categories) as tracker:` counts what the block allocates.
+    """`with Tracker() as tracker:` counts what the block allocates.
 
     op_categories: operator overload -> category of its outputs, over the category of the current scope.
+    expansions: operator overload -> function to run in its place, whose own operators are then counted.
     round_to: granularity of an allocation in bytes (1 to count exact bytes).
     """
 
-    def __init__(self, op_categories: dict | None = None, round_to: int = ROUND):
+    def __init__(self, op_categories: dict | None = None, expansions: dict | None = None, round_to: int = ROUND):
         super().__init__()
-        self.op_categories = op_categories or {}
+        self.op_categories, self.expansions = op_categories or {}, expansions or {}
         self.round_to = round_to
         self.live: dict[int, tuple[int, str]] = {}  # storage key -> (bytes, category)
         self.now: Counter = Counter()
@@ -46,6 +47,9 @@ class Tracker(TorchDispatchMode):
         self.peaks: dict[str, Peak] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.expansions:
+            with self:
+                return self.expansions[func](*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         if func not in SKIP:
             category = self.op_categories.get(func, self.scope_name)

@@ -1,0 +1,146 @@
+"""The module graph that is traced and measured: transformers' model, quantized and adapted by this package.
+
+transformers is imported here, lazily, and only for its model code: no hub, no weights.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..nn import attach_lora, quantize_model
+from ..quantized import QuantConfig
+from .architecture import Architecture
+from .settings import Settings
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FUSED, EAGER = "qlora_traced_fused", "qlora_traced_eager"
+
+
+@dataclass
+class Graph:
+    """A model ready to train, and the modules whose borders name the phases of a step."""
+
+    model: nn.Module
+    layers: list[nn.Module]
+    head: nn.Module
+    architecture: Architecture
+
+
+class Flash(torch.autograd.Function):
+    """Allocates what a flash attention kernel allocates: (b, s, n, d) output, fp32 log-sum-exp, three gradients."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        batch, heads, seq, width = query.shape
+        out = query.new_empty(batch, seq, heads, width)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(batch, heads, seq, dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _flash(module, query, key, value, attention_mask, **_):
+    return Flash.apply(query, key, value), None
+
+
+def _eager(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
+    from transformers.models.llama.modeling_llama import eager_attention_forward
+
+    return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout)
+
+
+def register_attention() -> None:
+    """Attention functions of our own: with a fake or meta tensor, transformers' own would take another path than in
+    training (a materialized mask, repeated keys, no flash). The names must not contain "flash"."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(FUSED, _flash)
+    AttentionMaskInterface.register(FUSED, lambda *args, **kwargs: None)
+    AttentionInterface.register(EAGER, _eager)
+    AttentionMaskInterface.register(EAGER, lambda *args, **kwargs: None)
+
+
+def build(config: dict, architecture: Architecture, settings: Settings, device: str = "meta", attention: str = "") -> Graph:
+    """The training graph of a Hugging Face config dictionary under `settings`, on `device`, with random weights.
+
+    On "meta" nothing is allocated. Elsewhere layers are made and quantized one at a time.
+    """
+    register_attention()
+    model = _load(config, settings, device, attention or {"flash": FUSED, "eager": EAGER}[settings.attention])
+    model.train()
+    if settings.checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    decoder = model.model
+    return Graph(model, list(decoder.layers), model.lm_head, architecture)
+
+
+def _load(config: dict, settings: Settings, device: str, attention: str) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = dict(config)
+    hf = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    dtype = DTYPES[settings.weights if settings.weights in DTYPES else settings.compute_dtype]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf, dtype=dtype, attn_implementation=attention)
+    if device != "meta":
+        raise NotImplementedError
+    return _train(model, settings)
+
+
+def _train(model: nn.Module, settings: Settings) -> nn.Module:
+    """Quantize, adapt and cast as `settings` say."""
+    if settings.train == "full":
+        return model
+    compute = DTYPES[settings.compute_dtype]
+    if settings.quantized:
+        quantize_model(model, quant_config(settings), compute_dtype=compute)
+    if settings.embedding_dtype != settings.compute_dtype:
+        cast_unquantized(model, DTYPES[settings.embedding_dtype])
+    target = settings.targets if settings.targets != "all" else "all-linear"
+    names = target if target == "all-linear" else list(target.split(","))
+    attach_lora(
+        model, settings.rank, target_modules=names, dropout=settings.dropout, dtype=DTYPES[settings.adapter_dtype]
+    )
+    return model
+
+
+def quant_config(settings: Settings) -> QuantConfig:
+    return QuantConfig(
+        settings.weights, settings.block_size, settings.double_quant, nested_block_size=settings.nested_block_size
+    )
+
+
+def cast_unquantized(model: nn.Module, dtype: torch.dtype) -> None:
+    """Embeddings, head, norms and biases to `dtype`, as PEFT's `prepare_model_for_kbit_training` does."""
+    for parameter in model.parameters():
+        if parameter.dtype != torch.uint8:
+            parameter.data = parameter.data.to(dtype)
+
+
+def expansions() -> dict:
+    """The fused operators opened up into what their reference allocates: the dequantized weight and the LoRA products.
+
+    On meta tensors a fused operator shows only its outputs. Dequantization stays one operator: its output is W'.
+    """
+    qlora = torch.ops.qlora_ref
+    weight = ops._WEIGHT_ARGS
+
+    def linear_4bit(x, *args):
+        out_features, bias = args[weight:]
+        w = qlora.dequantize_4bit(*args[:weight], (out_features, x.shape[-1]), x.dtype)
+        return nn.functional.linear(x, w, bias)
+
+    def linear_4bit_backward(dy, *args):
+        return dy @ qlora.dequantize_4bit(*args[:weight], (dy.shape[-1], args[weight]), dy.dtype)
+
+    return {
+        qlora.linear_4bit.default: linear_4bit,
+        qlora.linear_4bit_backward.default: linear_4bit_backward,
+        qlora.lora_linear_4bit.default: ops._REFERENCE["lora_linear_4bit"],
+        qlora.lora_linear_4bit_backward.default: ops._REFERENCE["lora_linear_4bit_backward"],
+    }
