@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: one list of cases per op, exact and bounded comparison, timing."""
