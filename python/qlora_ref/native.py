@@ -9,6 +9,7 @@ are copied); wrong dtypes, devices and sizes raise TypeError or ValueError. Envi
 QLORA_BACKEND=reference leaves both None; QLORA_CPU_VARIANT=name forces a variant.
 """
 
+import importlib
 import os
 import struct
 from contextlib import nullcontext
@@ -327,14 +328,14 @@ def _load() -> tuple[Any, str]:
     if os.environ.get("QLORA_BACKEND") == "reference":
         return None, "QLORA_BACKEND=reference asks for the pure PyTorch reference; unset it to use the kernels"
     try:
-        from . import _C
+        compiled = importlib.import_module(f"{__package__}._C")
+    except ModuleNotFoundError:
+        return None, f"the compiled module qlora_ref._C is not there; {BUILD_HINT}"
     except ImportError as error:
-        if isinstance(error, ModuleNotFoundError):
-            return None, f"the compiled module qlora_ref._C is not there; {BUILD_HINT}"
         return None, f"the compiled module qlora_ref._C does not load ({error}); {BUILD_HINT}"
-    if _stale(_C):
+    if _stale(compiled):
         return None, f"the compiled module was built from other sources than those in src/; {BUILD_HINT}"
-    return _C, ""
+    return compiled, ""
 
 
 def _why_no_cuda(module) -> str:
