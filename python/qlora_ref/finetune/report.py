@@ -1,0 +1,129 @@
+"""What a run prints: the plan at the start, the memory by kind, the progress bar."""
+
+import platform
+from typing import Any
+
+import torch
+
+from .. import __version__, native
+from ..nn import count_parameters
+from .config import TrainConfig
+from .loop import Trainer, peak_bytes
+from .peft_io import storage
+
+
+def human(n: float) -> str:
+    """Bytes in the unit that reads best (1024-based)."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(n) < 1024 or unit == "GiB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
+        n /= 1024
+    raise AssertionError
+
+
+def table(rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> str:
+    """Aligned columns; `right` are the columns set flush right. The first row is the header."""
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    lines = []
+    for k, row in enumerate(rows):
+        cells = [
+            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  " + "  ".join(cells).rstrip())
+        if k == 0:
+            lines.append("  " + "  ".join("-" * w for w in widths))
+    return "\n".join(lines)
+
+
+def memory_bytes(trainer: Trainer) -> dict[str, int]:
+    """Bytes of everything a run keeps, by kind, read off the live tensors; gradients are those of the adapters."""
+    sizes = storage(trainer.model)
+    optimizer = trainer.optimizer.memory()
+    return {
+        "4-bit weights": sizes["packed"],
+        "quantization constants": sizes["constants"],
+        "embeddings, norms, head" if sizes["packed"] else "16-bit weights": sizes["unquantized"],
+        "adapters": sizes["adapters"],
+        "gradients": sizes["adapters"],
+        "optimizer states": optimizer["device"] + optimizer["host"],
+    }
+
+
+def memory_table(runs: dict[str, dict[str, int]], peaks: dict[str, tuple[str, int]]) -> str:
+    """Memory by kind of one or more runs side by side; `peaks`: run -> (what was measured, bytes)."""
+    kinds = list(dict.fromkeys(kind for sizes in runs.values() for kind in sizes))
+    rows: list[tuple[str, ...]] = [("memory", *runs)]
+    rows += [(kind, *(human(s[kind]) if kind in s else "-" for s in runs.values())) for kind in kinds]
+    rows.append(("sum", *(human(sum(s.values())) for s in runs.values())))
+    label = next(iter(peaks.values()))[0]
+    rows.append((label, *(human(peaks[name][1]) for name in runs)))
+    return table(rows, right=tuple(range(1, len(runs) + 1)))
+
+
+def measured_peak(trainer: Trainer) -> tuple[str, int]:
+    label = "measured peak (GPU)" if trainer.device.type == "cuda" else "measured peak (process)"
+    return label, peak_bytes(trainer.device)
+
+
+def backend(device: torch.device) -> str:
+    module = getattr(native, device.type, None)
+    return "native" if module is not None else "reference (PyTorch)"
+
+
+def device_name(device: torch.device) -> str:
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} thread(s)"
+    )
+
+
+def startup(config: TrainConfig, trainer: Trainer, dtype: torch.dtype, notes: list[str]) -> str:
+    """What is about to run: versions, device, dtypes, true parameter counts, data, steps."""
+    total, trainable = count_parameters(trainer.model)
+    base = "16-bit (not quantized)" if config.quant_type == "none" else (
+        f"{config.quant_type}, blocks of {config.block_size}" + (", double quantization" if config.double_quant else "")
+    )  # fmt: skip
+    name = str(dtype).removeprefix("torch.")
+    per_step = f"{config.batch_size} x {config.grad_accum}"
+    rows = [
+        (
+            "versions",
+            f"qlora_ref {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        ),
+        ("device", f"{device_name(trainer.device)}; kernels: {backend(trainer.device)}"),
+        ("base", f"{config.model}: {base}"),
+        ("dtypes", f"activations {name}, unquantized weights {name}, adapters and their gradients float32"),
+        ("parameters", f"{total:,} in all, {trainable:,} trained ({trainable / total:.2%})"),
+        ("adapters", f"rank {config.lora_rank}, alpha {config.lora_alpha:g}, on {config.lora_targets}"),
+        ("data", f"{config.data}: {trainer.data.summary()}"),
+        ("held out", f"{min(len(trainer.eval_ids), config.max_eval_examples)} examples"),
+        ("steps", f"{trainer.plan.total_steps} of {per_step} {'rows' if config.packing else 'examples'}"),
+        ("optimizer", f"paged AdamW {config.optimizer_bits}-bit, lr {config.lr:g} {config.schedule}"),
+    ]
+    width = max(len(k) for k, _ in rows)
+    return "\n".join([f"  {k:<{width}}  {v}" for k, v in rows] + [f"  note: {n}" for n in notes])
+
+
+class ProgressBar:
+    """tqdm with loss, tokens per second and memory; one line per evaluation above it."""
+
+    def __init__(self, trainer: Trainer, label: str):
+        from tqdm import tqdm
+
+        self.trainer = trainer
+        self.bar = tqdm(
+            total=trainer.plan.total_steps, initial=trainer.step, desc=label, dynamic_ncols=True, leave=True
+        )
+
+    def __call__(self, values: dict[str, Any]) -> None:
+        shown = f"loss {values['loss']:.3f}, {values['tokens_per_second']:.0f} tok/s, {human(values['peak_bytes'])}"
+        self.bar.set_postfix_str(shown, refresh=False)
+        self.bar.update(1)
+
+    def evaluated(self, record: dict[str, Any]) -> None:
+        if "eval_loss" in record and record["eval_loss"] == record["eval_loss"]:
+            self.bar.write(f"  step {record['step']}: held-out loss {record['eval_loss']:.4f}")
+
+    def close(self) -> None:
+        self.bar.close()
