@@ -1,22 +1,26 @@
-"""Bytes of one layer and of the loss during training, in closed form (method: Korthikanti et al. 2022, arXiv 2205.05198).
+"""Bytes of one layer and of the loss during training, in closed form.
 
-T tokens, h hidden, f MLP width, q = heads * head_dim, kv = kv_heads * head_dim, n heads, r rank, V vocabulary,
-c bytes of a computed element. Terms are re-derived from the module graph and held to the trace by
-`tests/test_memory_trace.py`; `docs/09_memory.md` says which tensor each one is.
+Method: Korthikanti et al. 2022, arXiv 2205.05198; the terms are derived anew from the module graph and held to the
+trace by `tests/test_memory_trace.py`. `docs/09_memory.md` tells which tensor each term is.
+
+T tokens, h hidden, f MLP width, q = heads * head_dim, kv = kv_heads * head_dim, n heads, r rank, V vocabulary;
+e bytes of an activation element, c of an element of a product (they differ when embeddings are made fp32).
 """
 
 from dataclasses import dataclass
 
-from .architecture import Architecture
+from .architecture import Architecture, Matrix
 from .settings import BYTES, Settings
 
 FP32 = 4
+NORM_TEMPORARIES = 5  # fp32 tensors of the input's shape inside the backward of an RMS norm written in PyTorch
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What is alive at one instant of a layer's backward on top of its input: bytes by kind."""
+    """All bytes of a layer that are alive at one instant of its backward, its input not counted."""
 
+    name: str
     working: int
     scratch: int = 0
     gradients: int = 0
@@ -27,77 +31,128 @@ class Moment:
 
 
 class Layer:
-    """Activations of one decoder layer: what autograd saves, and the worst instant of its backward."""
+    """Activations of one decoder layer: what autograd saves, and the worst instants of its backward."""
 
     def __init__(self, architecture: Architecture, settings: Settings):
         self.a, self.s = architecture, settings
         self.T = settings.tokens
-        self.c = BYTES[settings.compute_dtype]
+        self.e, self.c = settings.activation_bytes, settings.product_bytes
         self.targets = settings.target_names(architecture)
         self.full = settings.train == "full"
+        self.matrices = {m.name: m for m, _ in architecture.linear_layers()}
 
     @property
     def checkpoint(self) -> int:
         """The one tensor kept for a layer under checkpointing: its input."""
-        return self.c * self.T * self.a.hidden
-
-    def keeps_input(self, *names: str) -> bool:
-        """Autograd saves the input of a linear layer only for the gradient of something trainable in it."""
-        return self.full or any(name in self.targets for name in names)
+        return self.e * self.T * self.a.hidden
 
     def saved(self) -> int:
-        """S: everything autograd saves for the backward of one layer."""
-        return self.norms() + self.attention() + self.mlp() + self.adapters()
+        """S: everything autograd saves for the backward of one layer, without the layer's input."""
+        return self.norms() + self.attention() + self.mlp()
 
     def norms(self) -> int:
-        """An fp32 copy of the input and 1/rms of each norm; trained norms save their normalized input as well."""
-        h, copies = self.a.hidden, FP32 if self.c < FP32 else 0
-        return self.T * self.a.norms * (copies * h + FP32 + self.full * self.c * h)
+        """1/rms and an fp32 copy of the input of each norm (fp32 inputs are saved themselves: the first one is the
+        layer's input). Trained norms save their normalized input too."""
+        h, norms = self.a.hidden, self.a.norms
+        inputs = FP32 * h * (norms if self.e < FP32 else norms - 1)
+        return self.T * (inputs + FP32 * norms + self.full * self.e * h * norms)
 
     def attention(self) -> int:
-        a, c = self.a, self.c
-        inputs = c * a.hidden * self.keeps_input("q_proj", "k_proj", "v_proj")
-        qkv = c * (a.query_width + 2 * a.kv_width)
-        if self.s.attention == "flash":
-            return self.T * (inputs + qkv + c * a.query_width + FP32 * a.heads)  # output, log-sum-exp
-        scores = self.s.seq * a.heads * (FP32 + c)  # softmax in fp32, its copy in the compute dtype
-        return self.T * (inputs + qkv + c * a.query_width * self.keeps_input("o_proj") + scores)
+        a, e = self.a, self.e
+        saved = self.linear_inputs("q_proj", "k_proj", "v_proj") + self.linear_inputs("o_proj")
+        saved += e * self.T * (a.query_width + 2 * self.key_width)
+        if a.qk_norm:
+            saved += FP32 * self.T * (a.query_width + a.kv_width + a.heads + a.kv_heads)
+        if self.s.attention == "eager":
+            return saved + self.T * self.s.seq * a.heads * (FP32 + e * (e < FP32))  # softmax, its 16-bit copy
+        shared_output = e == self.c and self.s.dropout == 0 and self.keeps_input("o_proj")
+        return saved + self.T * (e * a.query_width * (not shared_output) + FP32 * a.heads)  # log-sum-exp
+
+    @property
+    def key_width(self) -> int:
+        """Eager attention saves keys and values repeated for every query head."""
+        return self.a.query_width if self.s.attention == "eager" else self.a.kv_width
 
     def mlp(self) -> int:
-        a, c = self.a, self.c
-        inputs = c * a.hidden * self.keeps_input("gate_proj", "up_proj")
-        return self.T * (inputs + 3 * c * a.intermediate + c * a.intermediate * self.keeps_input("down_proj"))
+        """gate, its activation, up; and the inputs of the linear layers: the normed hidden state, the product."""
+        inputs = self.linear_inputs("gate_proj", "up_proj") + self.linear_inputs("down_proj")
+        return inputs + 3 * self.e * self.T * self.a.intermediate
 
-    def adapters(self) -> int:
-        """The (T, r) product x A^T of every adapter."""
-        return self.T * BYTES[self.s.adapter_dtype] * self.s.rank * len(self.targets)
+    def keeps_input(self, name: str) -> bool:
+        """Autograd saves the input of a linear layer only for the gradient of something trainable in it."""
+        return name in self.matrices and (self.full or name in self.targets)
 
-    def backward(self) -> Moment:
-        """The worst instant of the layer's backward, both around its last linear layer, `down_proj`."""
-        return max(self.moments(), key=lambda moment: moment.total)
+    def linear_inputs(self, *names: str) -> int:
+        """What linear layers that share one input save of it: one tensor; with casts or dropout, one each."""
+        kept = [self.matrices[name] for name in names if self.keeps_input(name)]
+        if not kept:
+            return 0
+        if self.s.dropout > 0 and not self.full:
+            return sum(self.dropout_branch(m) for m in kept)
+        copies = len(kept) if self.e != self.c else 1
+        mids = 0 if self.s.quantized or self.full else sum(self.unfused_branch(m) for m in kept)
+        return copies * self.c * self.T * kept[0].inputs + mids
+
+    def unfused_branch(self, m: Matrix) -> int:
+        """x A^T of a branch that is not part of the fused operator, and 16-bit copies of fp32 adapters."""
+        copies = self.e * self.s.rank * (m.inputs + m.outputs) * (self.s.adapter_bytes != self.e)
+        return self.e * self.T * self.s.rank + copies
+
+    def dropout_branch(self, m: Matrix) -> int:
+        """One byte of mask an element, the dropped input, and the branch."""
+        return self.T * m.inputs * (1 + self.e) + self.unfused_branch(m)
 
     def moments(self) -> list[Moment]:
-        a, s, c, T = self.a, self.s, self.c, self.T
-        h, f = a.hidden, a.intermediate
-        scratch = c * h * f if s.quantized else 0
-        mid = T * BYTES[s.adapter_dtype] * s.rank * ("down_proj" in self.targets)
-        adapter = BYTES[s.adapter_dtype] * s.rank * (h + f) * ("down_proj" in self.targets)
-        recompute = Moment(self.saved() - mid + 4 * c * T * h, scratch)
-        product = Moment(self.saved() - mid + c * T * (h + f), scratch, adapter)
-        return [recompute, product] if s.checkpointing else [product]
+        """The candidates for the worst instant, in the order of the backward."""
+        a, s, e, c, T = self.a, self.s, self.e, self.c, self.T
+        h, f, S = a.hidden, a.intermediate, self.saved()
+        down = self.matrices.get("down_proj")
+        norm = FP32 * NORM_TEMPORARIES * T * h + 2 * e * T * h
+        out = []
+        if down:
+            scratch = c * down.size if s.quantized else 0
+            cast = c * T * h * (e != c)
+            branch, gradients = self.branch_backward(down)
+            if s.checkpointing:
+                out.append(Moment("down recompute", S + (2 * e + c) * T * h + cast, scratch))
+            out.append(Moment("down dequantized", S + e * T * h + cast + c * T * f + branch, scratch, gradients))
+            if "down_proj" in self.targets:
+                out.append(Moment("down adapter", S + e * T * h + cast + 2 * c * T * f + branch, 0, gradients))
+            product = self.linear_inputs("down_proj")
+            out.append(Moment("product", S - product + e * T * (h + 3 * f), 0, gradients))
+        if s.attention == "eager":
+            scores = 3 * FP32 * T * s.seq * a.heads
+            kept = S - self.mlp() - self.attention() - FP32 * T * h
+            out.append(Moment("softmax", kept + scores + e * T * (2 * h + 2 * a.query_width + a.query_width)))
+        out.append(Moment("norm", (S if a.norms == 4 else S - self.mlp()) + norm))
+        return out
+
+    def branch_backward(self, m: Matrix) -> tuple[int, int]:
+        """(working bytes, gradient bytes) inside the backward of one adapter."""
+        s = self.s
+        if self.full:
+            return 0, m.size * self.c
+        if m.name not in self.targets:
+            return 0, 0
+        casts = self.c * s.rank * (m.inputs + m.outputs) * (s.adapter_bytes != self.c)
+        return self.c * self.T * s.rank + casts, s.adapter_bytes * s.rank * (m.inputs + m.outputs)
+
+    def backward(self) -> Moment:
+        return max(self.moments(), key=lambda moment: moment.total)
 
 
 def loss_forward(a: Architecture, s: Settings) -> tuple[int, int]:
-    """(working bytes, logits bytes): final norm; logits, their fp32 copy, log-softmax."""
-    c, T = BYTES[s.compute_dtype], s.tokens
-    copies = FP32 if c < FP32 else 0
-    return T * a.hidden * (copies + c), _logit_rows(s) * a.vocab * (c + copies + FP32)
+    """(working bytes, logits bytes): the final norm; logits, their fp32 copy, log-softmax."""
+    e = s.activation_bytes
+    copies = FP32 if e < FP32 else 0
+    softcap = e if a.softcap else 0
+    return s.tokens * a.hidden * (FP32 + e), _logit_rows(s) * a.vocab * (e + copies + FP32 + softcap)
 
 
 def loss_backward(a: Architecture, s: Settings) -> tuple[int, int]:
-    """(working bytes, logits bytes): final norm's copy; log-softmax and two fp32 gradients."""
-    copies = FP32 if BYTES[s.compute_dtype] < FP32 else BYTES[s.compute_dtype]
-    return s.tokens * a.hidden * copies, _logit_rows(s) * a.vocab * 3 * FP32
+    """(working bytes, logits bytes): the final norm's input in fp32; log-softmax and two fp32 gradients."""
+    softcap = s.activation_bytes if a.softcap else 0
+    return s.tokens * a.hidden * FP32, _logit_rows(s) * a.vocab * (3 * FP32 + softcap)
 
 
 def _logit_rows(s: Settings) -> int:

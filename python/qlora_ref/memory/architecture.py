@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # model_type -> what its config.json does not say. `biases` are the linear layers that carry a bias,
-# `norms` the (h,) norms of one layer, `qk_norm` a norm of every query and key head (Qwen 3, Gemma 3).
+# `norms` the (h,) norms of one layer, `qk_norm` a norm of every query and key head, `softcap` a tanh over the logits.
 FAMILIES = {
     "llama": {},
     "mistral": {},
@@ -14,12 +14,13 @@ FAMILIES = {
     "qwen2": {"biases": ("q_proj", "k_proj", "v_proj")},
     "qwen3": {"qk_norm": True},
     "gemma": {"tied": True, "head_dim": 256},
-    "gemma2": {"tied": True, "head_dim": 256, "norms": 4},
+    "gemma2": {"tied": True, "head_dim": 256, "norms": 4, "softcap": True},
     "gemma3_text": {"tied": True, "head_dim": 256, "norms": 4, "qk_norm": True},
     "t5": {"tied": True},
 }
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+T5_BUCKETS = 32  # relative position buckets, one table a stack
 
 
 class ConfigError(ValueError):
@@ -56,6 +57,7 @@ class Architecture:
     biases: tuple[str, ...] = ()
     norms: int = 2
     qk_norm: bool = False
+    softcap: bool = False
     experts: int = 0
     experts_per_token: int = 0
     decoder_layers: int = 0
@@ -81,7 +83,7 @@ class Architecture:
         return [Matrix(name, *shape) for name, shape in zip(names, shapes, strict=True)]
 
     def mlp_matrices(self) -> list[Matrix]:
-        """The linear layers of the MLP. Fused experts are 3-D parameters, not linear layers: see `expert_parameters`."""
+        """The linear layers of the MLP. Fused experts are 3-D parameters, not linear layers: see `expert_tensors`."""
         h, f = self.hidden, self.intermediate
         if self.experts:
             return []
@@ -106,30 +108,32 @@ class Architecture:
     def quantizable_parameters(self) -> int:
         return sum(m.size * count for m, count in self.linear_layers())
 
-    def expert_parameters(self) -> int:
-        """Elements of the fused expert tensors [experts, ., .] of transformers v5 (no `nn.Linear`, so not quantized)."""
-        return self.layers * self.experts * 3 * self.hidden * self.intermediate
+    def expert_tensors(self) -> list[int]:
+        """Elements of the fused expert tensors of transformers v5: [experts, 2f, h] and [experts, h, f] a layer."""
+        one = self.experts * self.hidden * self.intermediate
+        return [2 * one, one] * self.layers if self.experts else []
 
     def embedding_parameters(self) -> int:
         return self.vocab * self.hidden * (1 if self.tied else 2)
 
-    def small_parameters(self) -> int:
-        """Norm weights, biases, router weights, and T5's relative position tables."""
+    def small_tensors(self) -> list[int]:
+        """Elements of every norm, bias and router weight, and of T5's relative position tables."""
         h = self.hidden
         if self.encoder_decoder:
-            norms = h * (2 * self.layers + 3 * self.decoder_layers + 2)
-            return norms + 2 * 32 * self.heads  # 32 relative position buckets, one table a stack
+            tables = [T5_BUCKETS * self.heads] * 2
+            return [h] * (2 * self.layers + 3 * self.decoder_layers + 2) + tables
         widths = {m.name: m.outputs for m, _ in self.linear_layers()}
-        layer = self.norms * h + 2 * self.head_dim * self.qk_norm + sum(widths[name] for name in self.biases)
-        return self.layers * (layer + self.experts * h) + h
+        layer = [h] * self.norms + [self.head_dim] * (2 * self.qk_norm) + [widths[name] for name in self.biases]
+        router = [self.experts * h] if self.experts else []
+        return (layer + router) * self.layers + [h]
 
     def parameters(self) -> int:
         """All parameters, as a checkpoint counts them (a tied embedding once)."""
         return (
             self.quantizable_parameters()
-            + self.expert_parameters()
+            + sum(self.expert_tensors())
             + self.embedding_parameters()
-            + self.small_parameters()
+            + sum(self.small_tensors())
         )
 
 
@@ -193,6 +197,7 @@ def _decoder(config: dict, model_type: str, name: str, source: str) -> Architect
         biases=biases,
         norms=family.get("norms", 2),
         qk_norm=family.get("qk_norm", False),
+        softcap=family.get("softcap", False),
         experts=experts,
         experts_per_token=_integer(config, "num_experts_per_tok", name) if experts else 0,
         max_position=_integer(config, "max_position_embeddings", name, default=2**31),

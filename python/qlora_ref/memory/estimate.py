@@ -17,6 +17,7 @@ from .architecture import Architecture, blocks
 from .settings import BYTES, PAGE_BYTES, Settings
 
 FP32 = 4
+GRANULE = 512  # bytes: the CUDA caching allocator rounds every request up to this
 ALIGNMENT = 256  # elements: where a tensor may start in a page of 32-bit states
 
 
@@ -78,7 +79,8 @@ def estimate(architecture: Architecture, settings: Settings, margin: Margin | No
     """Memory of one training step. Raises `ConfigError` when `settings.targets` names no layer of the model."""
     trainable = trainable_tensors(architecture, settings)
     static = _weights(architecture, settings)
-    static[row.ADAPTERS] = sum(trainable) * BYTES[settings.adapter_dtype] if settings.train == "adapters" else 0
+    if settings.train == "adapters":
+        static[row.ADAPTERS] = sum(rounded(size * settings.adapter_bytes) for size in trainable)
     static[row.STATES], host = _states(trainable, settings)
     static[row.TABLES] = _tables(architecture, settings)
     return Estimate(
@@ -90,7 +92,8 @@ def trainable_tensors(a: Architecture, s: Settings) -> list[int]:
     """Elements of every trainable tensor: lora_A and lora_B of each target, or every parameter."""
     if s.train == "full":
         matrices = [m.size for m, count in a.linear_layers() for _ in range(count)]
-        return [*matrices, a.expert_parameters(), a.embedding_parameters(), a.small_parameters()]
+        embeddings = [a.vocab * a.hidden] * (1 if a.tied else 2)
+        return [*matrices, *a.expert_tensors(), *embeddings, *a.small_tensors()]
     targets = s.target_names(a)
     pairs = [(m, count) for m, count in a.linear_layers() if m.name in targets]
     return [s.rank * side for m, count in pairs for side in (m.inputs, m.outputs) for _ in range(count)]
@@ -98,21 +101,26 @@ def trainable_tensors(a: Architecture, s: Settings) -> list[int]:
 
 def _weights(a: Architecture, s: Settings) -> Counter:
     out = Counter()
-    embedding = BYTES[s.embedding_dtype] if s.train == "adapters" else BYTES[s.weights]
-    out[row.EMBEDDINGS] = a.embedding_parameters() * embedding
-    out[row.SMALL] = a.small_parameters() * embedding
-    plain = BYTES.get(s.weights, BYTES[s.compute_dtype])
-    out[row.PLAIN] = a.expert_parameters() * plain  # fused experts are no nn.Linear: they stay 16-bit
-    if not s.quantized:
-        out[row.PLAIN] += a.quantizable_parameters() * plain
-        return out
+    e = s.activation_bytes
+    out[row.EMBEDDINGS] = rounded(a.vocab * a.hidden * e) * (1 if a.tied else 2)
+    out[row.SMALL] = sum(rounded(size * e) for size in a.small_tensors())
+    plain = BYTES.get(s.weights, s.product_bytes)
+    out[row.PLAIN] = sum(rounded(size * plain) for size in a.expert_tensors())  # no nn.Linear: they stay 16-bit
     for matrix, count in a.linear_layers():
+        if not s.quantized:
+            out[row.PLAIN] += count * rounded(matrix.size * plain)
+            continue
         level1 = blocks(matrix.size, s.block_size)
-        out[row.PACKED] += count * blocks(matrix.size, 2)
-        out[row.LEVEL1] += count * level1 * (1 if s.double_quant else FP32)
-        if s.double_quant:
-            out[row.LEVEL2] += count * FP32 * (blocks(level1, s.nested_block_size) + 1)  # and one mean
+        out[row.PACKED] += count * rounded(blocks(matrix.size, 2))
+        out[row.LEVEL1] += count * rounded(level1 * (1 if s.double_quant else FP32))
+        if s.double_quant:  # and the mean that was taken off
+            out[row.LEVEL2] += count * (rounded(FP32 * blocks(level1, s.nested_block_size)) + rounded(FP32))
     return out
+
+
+def rounded(size: int) -> int:
+    """`size` bytes as the caching allocator hands them out."""
+    return blocks(size, GRANULE) * GRANULE
 
 
 def state_bytes(sizes: Iterable[int], s: Settings) -> int:
@@ -129,35 +137,37 @@ def state_bytes(sizes: Iterable[int], s: Settings) -> int:
 def _states(sizes: list[int], s: Settings) -> tuple[int, int]:
     """(bytes on the device, bytes in host memory). The pool stays on the device between steps."""
     states = state_bytes(sizes, s)
-    return (min(states, s.pool_mib * 2**20), states) if s.paged else (states, 0)
+    steps = len(sizes) * GRANULE  # each tensor's step count
+    return (min(states, s.pool_mib * 2**20) + steps, states) if s.paged else (states + steps, 0)
 
 
 def _tables(a: Architecture, s: Settings) -> int:
     """cos and sin (seq, head_dim), and token ids, labels, mask as int64."""
-    rotary = 0 if a.encoder_decoder else 2 * BYTES[s.compute_dtype] * s.seq * a.head_dim
+    rotary = 0 if a.encoder_decoder else 2 * s.activation_bytes * s.seq * a.head_dim
     return rotary + 3 * 8 * s.tokens
 
 
 def _phases(a: Architecture, s: Settings, trainable: list[int]) -> dict[str, Counter]:
     layer = activations.Layer(a, s)
     count = a.layers + a.decoder_layers
-    kept = layer.checkpoint if s.checkpointing else layer.saved()
     kind = row.CHECKPOINTS if s.checkpointing else row.WORKING
-    gradients = sum(trainable) * (BYTES[s.adapter_dtype] if s.train == "adapters" else BYTES[s.weights])
+    kept = layer.checkpoint if s.checkpointing else layer.saved()
+    ahead = count if s.checkpointing else count - 1  # what the last layer's backward finds besides its own tensors
+    size = s.adapter_bytes if s.train == "adapters" else s.product_bytes
+    gradients = sum(rounded(elements * size) for elements in trainable)
     worst = layer.backward()
-    inside = worst.working if s.checkpointing else worst.working - layer.saved()
 
     def phase(kept_layers: int, working: int = 0, logits: int = 0, scratch: int = 0, grads: int = 0) -> Counter:
         out = Counter({kind: kept_layers * kept})
         out += Counter({row.WORKING: working, row.LOGITS: logits, row.SCRATCH: scratch})
-        out += Counter({row.GRADIENTS: gradients if s.keeps_gradients else grads})
-        return out
+        return out + Counter({row.GRADIENTS: grads})
 
+    before = gradients if s.keeps_gradients else 0  # of earlier micro-batches
+    behind = gradients if s.keeps_gradients else gradients * (count - 1) // count
     return {
-        row.LOSS_FORWARD: phase(count, *activations.loss_forward(a, s)),
-        row.LOSS_BACKWARD: phase(count, *activations.loss_backward(a, s)),
-        row.LAST_LAYER: phase(count, inside, 0, worst.scratch, worst.gradients),
-        row.FIRST_LAYER: phase(1, inside, 0, worst.scratch, gradients * (count - 1) // count + worst.gradients),
+        row.LOSS_FORWARD: phase(count, *activations.loss_forward(a, s), grads=before),
+        row.LOSS_BACKWARD: phase(count, *activations.loss_backward(a, s), grads=before),
+        row.LAST_LAYER: phase(ahead, worst.working, 0, worst.scratch, before + worst.gradients),
+        row.FIRST_LAYER: phase(ahead - count + 1, worst.working, 0, worst.scratch, behind + worst.gradients),
         row.STEP: phase(0, grads=gradients),
     }
-

@@ -71,7 +71,7 @@ def build(config: dict, architecture: Architecture, settings: Settings, device: 
     On "meta" nothing is allocated. Elsewhere layers are made and quantized one at a time.
     """
     register_attention()
-    model = _load(config, settings, device, attention or {"flash": FUSED, "eager": EAGER}[settings.attention])
+    model = _load(config, architecture, settings, device, attention or {"flash": FUSED, "eager": EAGER}[settings.attention])
     model.train()
     if settings.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -79,7 +79,7 @@ def build(config: dict, architecture: Architecture, settings: Settings, device: 
     return Graph(model, list(decoder.layers), model.lm_head, architecture)
 
 
-def _load(config: dict, settings: Settings, device: str, attention: str) -> nn.Module:
+def _load(config: dict, architecture: Architecture, settings: Settings, device: str, attention: str) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = dict(config)
@@ -89,10 +89,10 @@ def _load(config: dict, settings: Settings, device: str, attention: str) -> nn.M
         model = AutoModelForCausalLM.from_config(hf, dtype=dtype, attn_implementation=attention)
     if device != "meta":
         raise NotImplementedError
-    return _train(model, settings)
+    return _train(model, architecture, settings)
 
 
-def _train(model: nn.Module, settings: Settings) -> nn.Module:
+def _train(model: nn.Module, architecture: Architecture, settings: Settings) -> nn.Module:
     """Quantize, adapt and cast as `settings` say."""
     if settings.train == "full":
         return model
@@ -101,12 +101,20 @@ def _train(model: nn.Module, settings: Settings) -> nn.Module:
         quantize_model(model, quant_config(settings), compute_dtype=compute)
     if settings.embedding_dtype != settings.compute_dtype:
         cast_unquantized(model, DTYPES[settings.embedding_dtype])
-    target = settings.targets if settings.targets != "all" else "all-linear"
-    names = target if target == "all-linear" else list(target.split(","))
     attach_lora(
-        model, settings.rank, target_modules=names, dropout=settings.dropout, dtype=DTYPES[settings.adapter_dtype]
+        model, settings.rank, target_modules=settings.target_names(architecture), dropout=settings.dropout, dtype=DTYPES[settings.adapter_dtype]
     )
+    for module in model.modules():
+        if isinstance(getattr(module, "dropout", None), nn.Dropout):
+            module.dropout = MaskedDropout(settings.dropout)
     return model
+
+
+class MaskedDropout(nn.Dropout):
+    """Dropout as CUDA does it: one byte of mask an element (on CPU and meta, torch saves the mask in the input's type)."""
+
+    def forward(self, x):
+        return torch.native_dropout(x, self.p, self.training)[0] if self.p else x
 
 
 def quant_config(settings: Settings) -> QuantConfig:

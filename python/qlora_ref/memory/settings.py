@@ -61,6 +61,20 @@ class Settings:
         return self.weights in FOUR_BIT
 
     @property
+    def product_bytes(self) -> int:
+        """Of one element of a matrix product. 16-bit weights are multiplied in their own type."""
+        return BYTES[self.compute_dtype if self.quantized else self.weights]
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of one element between the layers: embeddings set the type, and every layer keeps it."""
+        return BYTES[self.embedding_dtype] if self.quantized else BYTES[self.weights]
+
+    @property
+    def adapter_bytes(self) -> int:
+        return BYTES[self.adapter_dtype]
+
+    @property
     def keeps_gradients(self) -> bool:
         """Gradients of the previous micro-batch are alive in the next forward only when they accumulate."""
         return self.accumulate > 1
