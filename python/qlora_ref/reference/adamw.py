@@ -1,17 +1,19 @@
-"""AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2), operation by operation in the order of torch's loop.
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101), operation by operation in the order of torch's loop.
 
     theta <- theta - lr * decay * theta
     m     <- beta1 * m + (1 - beta1) * g                            exp_avg
     v     <- beta2 * v + (1 - beta2) * g^2                          exp_avg_sq
     theta <- theta - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-The formulas leave the roundings open; this file does not. Each line below is one float32 operation, in the order of
-`torch.optim.AdamW(foreach=False)`, with the two fused multiply-adds that torch's vector code has (in `lerp_` and in
-`addcmul_`) written out, and scalars computed in float64 and rounded once. The square root is IEEE's: torch on x86
-takes MKL's, which is one ulp off for every sixth float32, and that is the only difference between the two.
+The formulas leave the roundings open; this file does not. Each line below is one float32 operation, in the
+order of `torch.optim.AdamW(foreach=False)`, with the two fused multiply-adds that torch's vector code has (in
+`lerp_` and in `addcmul_`) written out, and scalars computed in float64 and rounded once. The square root is
+IEEE's: torch on x86 takes MKL's, which is one ulp off for every sixth float32, and that is the only
+difference between the two.
 
-The moments are float32, or 8 bits: blocks of 256, the dynamic map for m, its unsigned form for v (arXiv 2110.02861).
-Parameters are float32 or bf16; a bf16 parameter is computed in float32 and rounded once, at the end.
+The moments are float32, or 8 bits: blocks of 256, the dynamic map for m, its unsigned form for v (arXiv
+2110.02861). Parameters are float32 or bf16; a bf16 parameter is computed in float32 and rounded once, at the
+end.
 """
 
 from dataclasses import dataclass
@@ -38,8 +40,9 @@ class AdamWScalars:
 def fma(a: torch.Tensor | float, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """a * b + c in float32 with one rounding, on any machine; `a` must be a float32 value.
 
-    The product of two float32 is exact in float64. Its sum with c is rounded *to odd* there (TwoSum gives the lost
-    part; if there is one, the last bit is forced to 1), after which rounding to float32 cannot round twice.
+    The product of two float32 is exact in float64. Its sum with c is rounded *to odd* there (TwoSum gives the
+    lost part; if there is one, the last bit is forced to 1), after which rounding to float32 cannot round
+    twice.
     """
     product, c = (torch.as_tensor(a, dtype=torch.float64, device=b.device) * b.double()), c.double()
     total = product + c
@@ -86,8 +89,9 @@ def adamw_step(
 def encode_moments(m: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Two 1-D f32 moments -> m codes (n,) u8, m absmax (ceil(n / 256),) f32, and the same two for v.
 
-    Nearest entry of the map by float32 midpoints, ties to the lower; but a v > 0 never becomes 0: the smallest entry is
-    taken instead. Otherwise an element 2500 times below the gradients of its block would divide m by eps alone.
+    Nearest entry of the map by float32 midpoints, ties to the lower; but a v > 0 never becomes 0: the
+    smallest entry is taken instead. Otherwise an element 2500 times below the gradients of its block would
+    divide m by eps alone.
     """
     m_codes, m_absmax = quantize_8bit(m, get_map8("dynamic"), STATE_BLOCK_SIZE)
     v_codes, v_absmax = quantize_8bit(v, get_map8("dynamic_unsigned"), STATE_BLOCK_SIZE)
@@ -103,12 +107,10 @@ def decode_moments(
     return m, dequantize_8bit(v_codes, v_absmax, get_map8("dynamic_unsigned"), STATE_BLOCK_SIZE)
 
 
-def adamw_step_8bit(
-    param: torch.Tensor, grad: torch.Tensor, states: tuple[torch.Tensor, ...], s: AdamWScalars
-) -> None:
-    """One step in place on 1-D tensors; `states` as `encode_moments` returns them. The update uses the exact new
-    moments; only what is kept for the next step is rounded to 8 bits."""
+def adamw_step_8bit(param: torch.Tensor, grad: torch.Tensor, states: tuple[torch.Tensor, ...], s: AdamWScalars) -> None:
+    """One step in place on 1-D tensors; `states` as `encode_moments` returns them. The update uses the exact
+    new moments; only what is kept for the next step is rounded to 8 bits."""
     m, v = decode_moments(*states)
     adamw_step(param, grad, m, v, s)
-    for kept, new in zip(states, encode_moments(m, v)):
+    for kept, new in zip(states, encode_moments(m, v), strict=True):
         kept.copy_(new)
