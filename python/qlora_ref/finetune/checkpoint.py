@@ -49,11 +49,7 @@ def unflatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _sha256_old(file)
-        )
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_old(file)
 
 
 def _sha256_old(file: Any) -> str:  # Python 3.10
@@ -96,9 +92,7 @@ def save_checkpoint(
         write_json(temporary / STATE, {**progress, "optimizer": rest, "sha256": files})
         back = load_file(temporary / OPTIMIZER)
         if back.keys() != tensors.keys() or not all(torch.equal(back[k], tensors[k]) for k in tensors):
-            raise AdapterError(
-                f"{temporary / OPTIMIZER} does not hold what was written; is the disk full or failing?"
-            )
+            raise AdapterError(f"{temporary / OPTIMIZER} does not hold what was written; is the disk full or failing?")
         _sync(temporary)
         shutil.rmtree(final, ignore_errors=True)  # an incomplete copy, for it has no state file
         os.replace(temporary, final)

@@ -43,9 +43,7 @@ class TrainConfig:
     eval_size: float = opt(0.1, "held-out split of --data: a fraction below 1, or a number of examples")
     max_eval_examples: int = opt(200, "at most this many held-out examples are evaluated")
     max_examples: int | None = opt(None, "use only the first N examples of --data")
-    max_length: int = opt(
-        512, "tokens per example; the prompt is cut first, then the answer, never its end token"
-    )
+    max_length: int = opt(512, "tokens per example; the prompt is cut first, then the answer, never its end token")
     source_max_length: int | None = opt(None, "tokens of the prompt (qlora.py: source_max_len)")
     target_max_length: int | None = opt(None, "tokens of the answer (qlora.py: target_max_len)")
 
@@ -131,9 +129,7 @@ def _convert(kind: type, value: Any) -> Any:
     if kind is int:
         if number != int(number):
             raise ValueError(value)
-        return (
-            int(value) if isinstance(value, (int, str)) and str(value).lstrip("+-").isdigit() else int(number)
-        )
+        return int(value) if isinstance(value, (int, str)) and str(value).lstrip("+-").isdigit() else int(number)
     return number
 
 
@@ -165,9 +161,7 @@ def check(config: TrainConfig) -> None:
     for key, f in FIELDS.items():
         value, flag, choices = getattr(config, key), "--" + key.replace("_", "-"), f.metadata["choices"]
         if choices and value not in choices:
-            raise UserError(
-                f"{flag} {value!r} is not one of {', '.join(choices)}.{suggestion(str(value), choices)}"
-            )
+            raise UserError(f"{flag} {value!r} is not one of {', '.join(choices)}.{suggestion(str(value), choices)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag} must be a finite number, not {value}.")
         low, high = _RANGES.get(key, (None, None))
@@ -176,9 +170,7 @@ def check(config: TrainConfig) -> None:
                 f"{flag} must be at least {low:g}, not {value:g}." if value < low else f"{flag} is too large."
             )
     if config.lr <= 0 or config.max_grad_norm <= 0:
-        raise UserError(
-            f"--lr ({config.lr:g}) and --max-grad-norm ({config.max_grad_norm:g}) must be positive."
-        )
+        raise UserError(f"--lr ({config.lr:g}) and --max-grad-norm ({config.max_grad_norm:g}) must be positive.")
     if not 0 <= config.lora_dropout < 1 or not 0 <= config.beta2 < 1:
         raise UserError("--lora-dropout and --beta2 must lie in [0, 1).")
     if config.optimizer_bits not in (8, 32):
@@ -186,9 +178,7 @@ def check(config: TrainConfig) -> None:
     if config.quant_type != "none":
         _check_quantization(config)
     if config.packing and config.group_by_length:
-        raise UserError(
-            "--packing and --group-by-length exclude each other: packing already fills every row."
-        )
+        raise UserError("--packing and --group-by-length exclude each other: packing already fills every row.")
 
 
 def _check_quantization(config: TrainConfig) -> None:

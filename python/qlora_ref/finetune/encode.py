@@ -146,7 +146,5 @@ def load_dataset(path: str, form: Format, template: str, tokenizer: Any, config:
     if data.rows == 0:
         raise UserError(f"{path} holds no rows.")
     if len(data) == 0:
-        raise UserError(
-            f"{path}: none of its {data.rows} rows carries an answer to learn from (format {form.name})."
-        )
+        raise UserError(f"{path}: none of its {data.rows} rows carries an answer to learn from (format {form.name}).")
     return data

@@ -25,9 +25,7 @@ def kind_of(path: Path) -> str:
     if suffix == ".ndjson":
         return ".jsonl"
     if suffix not in KINDS:
-        raise UserError(
-            f"{path}: cannot tell the format from the name; use one of {', '.join(KINDS)} (or .gz of it)."
-        )
+        raise UserError(f"{path}: cannot tell the format from the name; use one of {', '.join(KINDS)} (or .gz of it).")
     return suffix
 
 
@@ -84,9 +82,7 @@ def _lines(path: Path, file: IO[str]) -> Iterator[tuple[int, str]]:
 
 def _object(path: Path, where: str, value: Any) -> Row:
     if not isinstance(value, dict):
-        raise UserError(
-            f"{path}, {where}: a row must be a JSON object with named columns, not {type(value).__name__}."
-        )
+        raise UserError(f"{path}, {where}: a row must be a JSON object with named columns, not {type(value).__name__}.")
     return value
 
 

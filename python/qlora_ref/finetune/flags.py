@@ -71,20 +71,14 @@ class Parser(argparse.ArgumentParser):
     """argparse that reports a mistake as a UserError sentence, with a suggestion for an unknown flag."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(
-            message[0].lower() + message[1:] + (" See --help." if "--help" not in message else "")
-        )
+        raise UserError(message[0].lower() + message[1:] + (" See --help." if "--help" not in message else ""))
 
 
 def build_parser(prog: str, description: str) -> Parser:
     parser = Parser(prog=prog, description=description, allow_abbrev=False)
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file with any of the keys below; flags win over it"
-    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the keys below; flags win over it")
     parser.add_argument("--recipe", metavar="NAME", help="a shipped config (--recipe list shows them)")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything and print the plan, but train nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan, but train nothing")
     for key, f in FIELDS.items():
         flag, default = "--" + key.replace("_", "-"), f.default
         if f.metadata["choices"]:
@@ -146,9 +140,7 @@ def normalize(argv: list[str], known: set[str], note: list[str]) -> list[str]:
         takes_next = not has_value and i < len(argv) and not argv[i].startswith("--")
         mapped = _translate_old(key, value if has_value else argv[i] if takes_next else None, note)
         if mapped is None:
-            raise UserError(
-                f"unknown flag --{name}.{suggestion(key, known | set(RENAMED)).replace('_', '-')}"
-            )
+            raise UserError(f"unknown flag --{name}.{suggestion(key, known | set(RENAMED)).replace('_', '-')}")
         i += takes_next
         out += mapped
     return out

@@ -128,9 +128,7 @@ def _oasst1(row: Row) -> list[Example]:
 def _guanaco_text(text: str) -> list[Example]:
     parts = re.split(r"(?:^|\s*)### (Human|Assistant):", text)
     pairs = zip(parts[1::2], parts[2::2], strict=True)
-    return _dialogue(
-        [Message("user" if who == "Human" else "assistant", body.strip()) for who, body in pairs]
-    )
+    return _dialogue([Message("user" if who == "Human" else "assistant", body.strip()) for who, body in pairs])
 
 
 def _flan_cot(row: Row) -> list[Example]:
@@ -184,9 +182,7 @@ _ALTERNATIVES = {
 def get_format(name: str) -> Format:
     """A format by name; UserError with a suggestion for an unknown one."""
     if name not in _BY_NAME:
-        raise UserError(
-            f"there is no data format '{name}'; known are {', '.join(FORMATS)}.{suggestion(name, FORMATS)}"
-        )
+        raise UserError(f"there is no data format '{name}'; known are {', '.join(FORMATS)}.{suggestion(name, FORMATS)}")
     return _BY_NAME[name]
 
 

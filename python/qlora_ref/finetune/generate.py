@@ -83,9 +83,7 @@ def generate_ids(
     return new[:-1] if new and new[-1] == tokenizer.eos_token_id else new
 
 
-def answer(
-    model: torch.nn.Module, tokenizer: Any, messages: Example, template: str, sampling: Sampling
-) -> str:
+def answer(model: torch.nn.Module, tokenizer: Any, messages: Example, template: str, sampling: Sampling) -> str:
     """The model's next turn in a conversation, as text."""
     ids = prompt_ids(messages, template, tokenizer)
     return tokenizer.decode(generate_ids(model, tokenizer, ids, sampling), skip_special_tokens=True).strip()

@@ -31,9 +31,7 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"--device {name!r} is not a device; use auto, cpu, cuda or cuda:N.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda: torch sees no CUDA GPU here (qlora-ref doctor says why); use --device cpu."
-        )
+        raise UserError("--device cuda: torch sees no CUDA GPU here (qlora-ref doctor says why); use --device cpu.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s).")
     if device.type not in ("cpu", "cuda"):
@@ -79,9 +77,7 @@ def check_model_folder(path: str) -> dict[str, Any]:
             if any(folder.glob("*.bin"))
             else ""
         )
-        raise UserError(
-            f"{path} has no *.safetensors weights{found}; save the model with save_pretrained first."
-        )
+        raise UserError(f"{path} has no *.safetensors weights{found}; save the model with save_pretrained first.")
     if config.get("quantization_config"):
         raise UserError(f"{path} is quantized already; pass the folder of the 16-bit model.")
     return config

@@ -123,10 +123,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        seen = sum(
-            int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel()
-            for b in batches
-        )
+        seen = sum(int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel() for b in batches)
         elapsed = time.perf_counter() - start
         self.tokens, self.seconds = self.tokens + seen, self.seconds + elapsed
         return {"loss": loss_value, "grad_norm": norm, "lr": rate, "tokens_per_second": seen / elapsed}
@@ -154,9 +151,7 @@ class Trainer:
             return math.nan
         order = sorted(ids, key=self.eval_data.length)
         chunks = [[[i] for i in order[k : k + size]] for k in range(0, len(order), size)]
-        return mean_loss(
-            self.model, [collate(self.eval_data, rows, self.pad, self.device) for rows in chunks]
-        )
+        return mean_loss(self.model, [collate(self.eval_data, rows, self.pad, self.device) for rows in chunks])
 
     def record(self, values: dict[str, Any]) -> None:
         entry = {"step": self.step, **values}

@@ -26,9 +26,7 @@ def summed_loss(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Te
             inputs["logits_to_keep"], targets = keep, targets[:, keep]
         logits = model(**inputs, use_cache=False).logits
     count = int((targets != IGNORE).sum())
-    loss = F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
     return loss, count
 
 

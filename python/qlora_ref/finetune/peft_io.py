@@ -40,12 +40,8 @@ def lora_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def load_lora_state_dict(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Fill the adapters of `model`. AdapterError if names or shapes differ (the first three differences are named)."""
     modules = lora_modules(model)
-    wanted = {
-        f"{PREFIX}{n}.lora_{x}.weight": getattr(m, f"lora_{x}") for n, m in modules.items() for x in "AB"
-    }
-    odd = sorted(set(wanted) ^ set(state)) + [
-        k for k in wanted if k in state and wanted[k].shape != state[k].shape
-    ]
+    wanted = {f"{PREFIX}{n}.lora_{x}.weight": getattr(m, f"lora_{x}") for n, m in modules.items() for x in "AB"}
+    odd = sorted(set(wanted) ^ set(state)) + [k for k in wanted if k in state and wanted[k].shape != state[k].shape]
     if odd:
         raise AdapterError(
             f"the adapter does not fit this model: {len(odd)} tensors differ, such as {', '.join(odd[:3])}."
@@ -55,9 +51,7 @@ def load_lora_state_dict(model: torch.nn.Module, state: dict[str, torch.Tensor])
             parameter.copy_(state[key])
 
 
-def adapter_config(
-    model: torch.nn.Module, base: str, dropout: float, task: str = "CAUSAL_LM"
-) -> dict[str, Any]:
+def adapter_config(model: torch.nn.Module, base: str, dropout: float, task: str = "CAUSAL_LM") -> dict[str, Any]:
     """The fields that PEFT and its readers need. Target names are suffixes (q_proj), never paths with layer numbers."""
     modules = lora_modules(model)
     first = next(iter(modules.values()))
@@ -130,16 +124,12 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Te
         state = load_file(folder / WEIGHTS)
         side = json.loads((folder / SIDE).read_text(encoding="utf-8")) if (folder / SIDE).exists() else {}
     except (OSError, ValueError, SafetensorError) as error:
-        raise AdapterError(
-            f"{folder} is not a readable PEFT adapter ({CONFIG} and {WEIGHTS}): {error}"
-        ) from None
+        raise AdapterError(f"{folder} is not a readable PEFT adapter ({CONFIG} and {WEIGHTS}): {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise AdapterError(f"{folder} is not a LoRA adapter.")
     for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
         if config.get(key):
-            raise AdapterError(
-                f"{folder} uses {key}={config[key]!r}, which is not supported here; load it with PEFT."
-            )
+            raise AdapterError(f"{folder} uses {key}={config[key]!r}, which is not supported here; load it with PEFT.")
     if config.get("bias", "none") != "none":
         raise AdapterError(f"{folder} trained biases too, which is not supported here; load it with PEFT.")
     return config, state, side

@@ -41,9 +41,7 @@ def _single_turn(messages: Example, template: str) -> tuple[Message, str | None]
     """The user message and the answer (None when it is still to be given)."""
     turns = [m for m in messages if m.role != "system"]
     if [m.role for m in turns] not in (["user"], ["user", "assistant"]) or len(turns) != len(messages):
-        raise UserError(
-            f"the {template} template holds one question and one answer; use --template guanaco or chat."
-        )
+        raise UserError(f"the {template} template holds one question and one answer; use --template guanaco or chat.")
     return turns[0], turns[1].text if len(turns) == 2 else None
 
 
@@ -107,9 +105,7 @@ def _chat(messages: Example, tokenizer: Any) -> list[Piece]:
 def _rendered(tokenizer: Any, turns: list[dict[str, str]], ask: bool) -> str:
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
-    except (
-        Exception
-    ) as error:  # a template is a program; whatever it raises, it raises about this conversation
+    except Exception as error:  # a template is a program; whatever it raises, it raises about this conversation
         raise UserError(f"the chat template refuses this conversation: {error}.") from None
 
 

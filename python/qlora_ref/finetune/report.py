@@ -26,9 +26,7 @@ def table(rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> str:
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     lines = []
     for k, row in enumerate(rows):
-        cells = [
-            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
+        cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         lines.append("  " + "  ".join(cells).rstrip())
         if k == 0:
             lines.append("  " + "  ".join("-" * w for w in widths))
@@ -71,11 +69,7 @@ def backend(device: torch.device) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} thread(s)"
-    )
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
 
 
 def startup(config: TrainConfig, trainer: Trainer, dtype: torch.dtype, notes: list[str]) -> str:

@@ -56,17 +56,13 @@ def check_output(config: TrainConfig) -> None:
         return
     if folder.exists() and any(folder.iterdir()):
         what = "already holds a run" if (folder / CONFIG_FILE).exists() else "is not empty"
-        raise UserError(
-            f"--output {folder} {what}; choose another folder, or continue the run with --resume."
-        )
+        raise UserError(f"--output {folder} {what}; choose another folder, or continue the run with --resume.")
     parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
     if not os.access(parent, os.W_OK):
         raise UserError(f"--output {folder}: no permission to write in {parent}.")
 
 
-def _load_data(
-    config: TrainConfig, tokenizer: Any
-) -> tuple[TrainConfig, Dataset, Dataset, list[int], list[int]]:
+def _load_data(config: TrainConfig, tokenizer: Any) -> tuple[TrainConfig, Dataset, Dataset, list[int], list[int]]:
     form = find_format(config.data, config.format)
     template = form.template if config.template == "auto" else config.template
     config = config.replace(format=form.name, template=template)
@@ -77,9 +73,7 @@ def _load_data(
     if len(data) < 2 and config.eval_size > 0:
         raise UserError(f"{config.data} has one usable example, too few to hold any out; pass --eval-size 0.")
     if config.eval_size >= len(data):
-        raise UserError(
-            f"--eval-size {config.eval_size:g} leaves nothing of the {len(data)} examples to train on."
-        )
+        raise UserError(f"--eval-size {config.eval_size:g} leaves nothing of the {len(data)} examples to train on.")
     train_ids, eval_ids = split(len(data), config.eval_size, config.seed)
     return config, data, data, train_ids, eval_ids
 
@@ -87,9 +81,7 @@ def _load_data(
 def _check_lengths(config: TrainConfig, model_config: dict[str, Any]) -> None:
     limit = model_config.get("max_position_embeddings")
     if isinstance(limit, int) and config.max_length > limit:
-        raise UserError(
-            f"--max-length {config.max_length} is more than the {limit} positions of {config.model}."
-        )
+        raise UserError(f"--max-length {config.max_length} is more than the {limit} positions of {config.model}.")
 
 
 def side_file(config: TrainConfig) -> dict[str, Any]:
@@ -146,17 +138,13 @@ def start(prepared: Prepared) -> None:
     config, trainer = prepared.config, prepared.trainer
     if not config.resume:
         trainer.output.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            trainer.output / CONFIG_FILE, config_module.dump_yaml(config.replace(resume=False)).encode()
-        )
+        write_atomically(trainer.output / CONFIG_FILE, config_module.dump_yaml(config.replace(resume=False)).encode())
         return
     checkpoints = list_checkpoints(trainer.output)
     if checkpoints:
         trainer.resume(checkpoints[-1])
     else:
-        (trainer.output / METRICS).unlink(
-            missing_ok=True
-        )  # stopped before the first checkpoint: from the beginning
+        (trainer.output / METRICS).unlink(missing_ok=True)  # stopped before the first checkpoint: from the beginning
 
 
 def resumed_config(config: TrainConfig, given: set[str]) -> TrainConfig:

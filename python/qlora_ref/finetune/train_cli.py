@@ -48,9 +48,7 @@ def train(prepared: run.Prepared) -> int:
         finally:
             bar.close()
         if not trainer.finished:
-            print(
-                f"stopped at step {trainer.step}; continue with: qlora-ref train --output {config.output} --resume"
-            )
+            print(f"stopped at step {trainer.step}; continue with: qlora-ref train --output {config.output} --resume")
             return 130
         saved = run.finish(prepared)
     except torch.OutOfMemoryError as error:
@@ -63,9 +61,7 @@ def train(prepared: run.Prepared) -> int:
         print(f"qlora-ref train: {error} {_last(config)}", file=sys.stderr)
         return 1
     except OSError as error:
-        raise UserError(
-            f"cannot write to {config.output}: {error.strerror or error}; {_last(config)}"
-        ) from None
+        raise UserError(f"cannot write to {config.output}: {error.strerror or error}; {_last(config)}") from None
     print(_summary(prepared, saved))
     return 0
 
@@ -73,9 +69,7 @@ def train(prepared: run.Prepared) -> int:
 def _last(config: TrainConfig) -> str:
     found = list_checkpoints(Path(config.output))
     return (
-        f"the last checkpoint is {found[-1]} (--resume continues from it)."
-        if found
-        else "there is no checkpoint yet."
+        f"the last checkpoint is {found[-1]} (--resume continues from it)." if found else "there is no checkpoint yet."
     )
 
 
@@ -100,9 +94,7 @@ def out_of_memory(prepared: run.Prepared, error: BaseException) -> str:
 def _summary(prepared: run.Prepared, saved: dict) -> str:
     trainer = prepared.trainer
     before, after = run.held_out(trainer.records)
-    lines = [
-        report.memory_table({"run": report.memory_bytes(trainer)}, {"run": report.measured_peak(trainer)})
-    ]
+    lines = [report.memory_table({"run": report.memory_bytes(trainer)}, {"run": report.measured_peak(trainer)})]
     if before == before:
         lines.append(f"held-out loss: {before:.4f} before, {after:.4f} after (nats per labelled token)")
     lines.append(
