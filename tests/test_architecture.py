@@ -119,7 +119,7 @@ def test_native_code_includes_no_torch_and_pybind_only_in_bindings(path):
 
 
 def test_no_constant_of_the_codebook_is_pasted():
-    """NF4 lives in reference/codebook.py as a derivation; its digits stand nowhere else in the package or the kernels."""
+    """NF4 is a derivation in reference/codebook.py; its digits stand nowhere else in the package or the kernels."""
     digits = re.compile(r"0\.69619|0\.52507|0\.39491|0\.28444|0\.18477|0\.07958|0\.16093|0\.24611|0\.33791|0\.44070")
     for path in [*python_files(), *native_sources()]:
         assert not digits.search(path.read_text()), path.name

@@ -49,7 +49,7 @@ def test_every_block_size(block_size, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_ragged_tail(dtype):
-    """In 16 bits the tail agrees too. (fp32: bitsandbytes divides there and we do not; about 4 codes in 10^8 differ.)"""
+    """In 16 bits the tail agrees too. (fp32: bitsandbytes divides there, we do not: about 4 codes in 10^8 differ.)"""
     x = weights(64 * 100 + 37, dtype)
     packed, state = theirs(x)
     mine = QuantizedTensor.quantize(x, FLAT)

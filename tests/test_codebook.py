@@ -81,7 +81,7 @@ def test_symmetric_tables_treat_both_signs_alike(name):
     book = get_codebook(name)
     finite = book.thresholds[8:14]
     s = torch.cat([finite, torch.linspace(0, 1, 4097), torch.zeros(1)])
-    decode = lambda v: book.levels[book.order[count_below(v, book.thresholds)].long()]  # noqa: E731
+    decode = lambda v: book.levels[book.order[count_below(v, book.thresholds)].long()]
     assert torch.equal(decode(-s), -decode(s))
     assert int(book.order[count_below(torch.tensor([-0.0]), book.thresholds)]) == book.zero_code
 

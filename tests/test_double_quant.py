@@ -98,7 +98,10 @@ def test_reconstruction_is_two_roundings():
 
 def small_rows_weight(generator):
     """Student-t weights with 2 % of the rows scaled down a thousandfold: bitsandbytes flips signs on these."""
-    t = torch.randn(512, 512, generator=generator) / torch.randn(5, 512, 512, generator=generator).square().mean(0).sqrt()
+    t = (
+        torch.randn(512, 512, generator=generator)
+        / torch.randn(5, 512, 512, generator=generator).square().mean(0).sqrt()
+    )
     t[::50] *= 1e-3
     return t
 

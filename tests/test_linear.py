@@ -12,7 +12,7 @@ from qlora_ref.testing.compare import assert_bits_equal
 
 def problem(m=5, n=24, k=64, r=4, dtype=torch.float64):
     g = torch.Generator().manual_seed(0)
-    make = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
+    make = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64).to(dtype)
     return make(m, k), make(n, k), make(n), make(r, k), make(n, r)
 
 

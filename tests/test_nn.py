@@ -37,7 +37,9 @@ def test_everything_frozen_is_bytes_and_rows_stay_rows():
     assert flat.absmax.shape == (96, 16)
 
 
-@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double(), copy.deepcopy])
+@pytest.mark.parametrize(
+    "cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double(), copy.deepcopy]
+)
 def test_casting_the_model_leaves_the_bytes_alone(cast):
     layer = Linear4bit.from_linear(nn.Linear(64, 64))
     expected = layer.dequantize()

@@ -75,7 +75,7 @@ def test_bound_notices_one_wrong_block(op):
     """Power: scaling one block of the weight by one part in 2^8 breaks the fp32 bound."""
     case = next(c for c in cases(op) if c.params.get("m") == 16 and c.params["dtype"] == "f32")
     arguments = list(case.arguments())
-    (name, value, bound), = bounds(op, tuple(arguments))
+    ((name, value, bound),) = bounds(op, tuple(arguments))
     arguments[3] = arguments[3].clone()  # nested_absmax
     arguments[3][0] *= 1 + 2.0**-8
     wrong = ops._REFERENCE[op](*arguments)

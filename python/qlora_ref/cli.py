@@ -28,9 +28,7 @@ class UserError(Exception):
 def usage() -> str:
     width = max(map(len, VERBS))
     lines = [f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items()]
-    return "\n".join(
-        ["usage: qlora-ref VERB [options]   (qlora-ref VERB --help for one verb)", "", *lines]
-    )
+    return "\n".join(["usage: qlora-ref VERB [options]   (qlora-ref VERB --help for one verb)", "", *lines])
 
 
 def main(argv: list[str] | None = None) -> int:

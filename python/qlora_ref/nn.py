@@ -138,9 +138,7 @@ class Linear4bit(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x_c = self.cast_input(x)
-        y = torch.ops.qlora_ref.linear_4bit(
-            x_c, *self.op_args(), self.out_features, self.cast_bias(x_c.dtype)
-        )
+        y = torch.ops.qlora_ref.linear_4bit(x_c, *self.op_args(), self.out_features, self.cast_bias(x_c.dtype))
         return y if self.compute_dtype is None else y.to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -17,7 +17,6 @@ from torch.nn.functional import linear
 
 from . import native
 from .reference import blockwise, double_quant
-from .reference import linear as ref_linear
 from .reference.codebook import get_codebook
 from .reference.double_quant import get_map8
 
@@ -31,7 +30,8 @@ _lib.define("quantize_4bit(Tensor x, str quant_type, int block_size) -> (Tensor,
 _lib.define(f"dequantize_4bit({_WEIGHT}, SymInt[] shape, ScalarType dtype) -> Tensor")
 _lib.define("double_quantize(Tensor absmax, Tensor mean, str map8, int nested_block_size) -> (Tensor, Tensor)")
 _lib.define(
-    "double_dequantize(Tensor absmax_codes, Tensor nested_absmax, Tensor mean, str map8, int nested_block_size) -> Tensor"
+    "double_dequantize(Tensor absmax_codes, Tensor nested_absmax, Tensor mean, str map8, int nested_block_size) "
+    "-> Tensor"
 )
 _lib.define(f"linear_4bit(Tensor x, {_WEIGHT}, SymInt out_features, Tensor? bias) -> Tensor")
 _lib.define(f"linear_4bit_backward(Tensor dy, {_WEIGHT}, SymInt in_features) -> Tensor")
@@ -75,7 +75,9 @@ def _dequantize_4bit(
 ):
     if nested_absmax is not None:
         absmax = _double_dequantize(absmax, nested_absmax, absmax_mean, map8, nested_block_size)
-    return blockwise.dequantize_blockwise(packed, absmax, get_codebook(quant_type, block_size), block_size, shape, dtype)
+    return blockwise.dequantize_blockwise(
+        packed, absmax, get_codebook(quant_type, block_size), block_size, shape, dtype
+    )
 
 
 def _linear_4bit(x, *args):
@@ -201,9 +203,7 @@ def _lora_linear_backward(ctx, dy):
     return dx if need_dx else None, *[None] * _WEIGHT_ARGS, None, dbias, dA, dB, None
 
 
-torch.library.register_autograd(
-    "qlora_ref::linear_4bit", _linear_backward, setup_context=_save_linear, lib=_lib
-)
+torch.library.register_autograd("qlora_ref::linear_4bit", _linear_backward, setup_context=_save_linear, lib=_lib)
 torch.library.register_autograd(
     "qlora_ref::lora_linear_4bit", _lora_linear_backward, setup_context=_save_lora_linear, lib=_lib
 )

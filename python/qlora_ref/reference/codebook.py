@@ -1,8 +1,8 @@
 """Sixteen levels and fifteen decision points: what a 4-bit data type is.
 
 A weight divided by its block's absmax lies in [-1, 1]. A data type says which 16 numbers of that interval exist
-(`levels`), and a number is stored as the index (`code`) of the nearest one. NF4 (section 3 of the paper) puts the levels
-at quantiles of the normal distribution, because trained weights look normal:
+(`levels`), and a number is stored as the index (`code`) of the nearest one. NF4 (section 3 of the paper) puts the
+levels at quantiles of the normal distribution, because trained weights look normal:
 
     positive side   Q(p) for the first 8 of 9 equally spaced p from d down to 1/2
     negative side  -Q(p) for the first 7 of 8 equally spaced p from d down to 1/2         Q = inverse normal CDF
@@ -19,7 +19,7 @@ levels, thresholds and `order` (sorted position -> code) as data. Adding a type 
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ def _block_optimal_levels(block_size: int, signed: bool) -> np.ndarray:
     """
     nodes, weights = np.polynomial.legendre.leggauss(600)
     m, dm = 6.0 * (nodes + 1.0), 6.0 * weights  # m in (0, 12): beyond, the density is below 1e-30
-    phi = lambda z: np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)  # noqa: E731
+    phi = lambda z: np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
     inside = 2 * ndtr(m) - 1
     weight = dm * block_size * inside ** (block_size - 2) * 2 * phi(m) * m * m  # p(m) m^2 / P(|x| < m)
 
@@ -151,7 +151,7 @@ _ROWS = {
 NAMES = tuple(_ROWS)
 
 
-@lru_cache(maxsize=None)
+@cache
 def get_codebook(name: str, block_size: int = 64) -> Codebook:
     """The table of a 4-bit data type. Only `bof4` and `bof4_s` depend on `block_size`.
 

@@ -7,15 +7,15 @@ One float32 absmax per 64 weights costs 32/64 = 0.5 bit a weight. Quantized to 8
     absmax' = map[code] * nested_absmax + mean                            two roundings, never a fused multiply-add
 
 The mean is computed once in float64 (a float64 sum of float32 values is exact for any realistic tensor, hence the same
-in every order) and handed to the kernels. The paper says "8-bit floats"; the authors' code uses the *dynamic* 8-bit map,
-twice as accurate here as E4M3. It is our default; `fp8_e4m3` is the option that follows the paper's words.
+in every order) and handed to the kernels. The paper says "8-bit floats"; the authors' code uses the *dynamic* 8-bit
+map, twice as accurate here as E4M3. It is our default; `fp8_e4m3` is the option that follows the paper's words.
 
 The encoder guards one thing: a block far below the mean could reconstruct to a *negative* absmax, which would flip the
 sign of every weight in it. Where the nearest entry does that, the lowest entry that does not is taken instead.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ def _fp8_e4m3_map() -> np.ndarray:
     return np.concatenate([values, np.ones(256 - len(values), np.float32)])
 
 
-@lru_cache(maxsize=None)
+@cache
 def get_map8(name: str = "dynamic") -> Map8:
     """'dynamic' (default), 'dynamic_unsigned' (for Adam's second moment) or 'fp8_e4m3'. ValueError for other names."""
     makers = {

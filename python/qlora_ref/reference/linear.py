@@ -36,7 +36,7 @@ def backward(dy, x, weight, lora_A, lora_B, scale: float) -> tuple[torch.Tensor,
 class QLoRALinear(torch.autograd.Function):
     """`forward` and `backward` around a packed weight.
 
-    apply(x (..., in), packed u8, absmax (n_blocks,) f32, codebook, block_size, (out, in), bias | None, lora_A, lora_B, s).
+    apply(x (..., in), packed u8, absmax (n_blocks,) f32, codebook, block_size, (out, in), bias | None, A, B, s).
     `absmax` is the one used for decoding: under double quantization, the reconstructed one.
     """
 

@@ -1,7 +1,7 @@
 """Two 4-bit codes in one byte, the first element in the high nibble (bitsandbytes' order).
 
-    codes   c0 c1 c2 c3 c4        n = 5, odd: padded with the code of zero
-    bytes   c0c1  c2c3  c40z      (n + 1) // 2
+codes   c0 c1 c2 c3 c4        n = 5, odd: padded with the code of zero
+bytes   c0c1  c2c3  c40z      (n + 1) // 2
 """
 
 import torch

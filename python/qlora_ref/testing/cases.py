@@ -56,7 +56,7 @@ DATA = {
     "ties": _with(_ties),
     "subnormal": _with(lambda x, g: x * 1e-39),
     "near_zero_block": _with(lambda x, g: x * 2.0**-126),
-    "huge": _with(lambda x, g: (x.clamp(-3.9, 3.9) * 2.0**125)),
+    "huge": _with(lambda x, g: x.clamp(-3.9, 3.9) * 2.0**125),
     "plus_minus_max": _with(lambda x, g: _fill(_fill(x, 7.0, 3, 16), -7.0, 1, 16)),
     "nonfinite": _with(lambda x, g: _fill(_fill(x, float("nan"), 5, 301), float("-inf"), 9, 503)),
     "small_rows": _with(lambda x, g: _fill(x, 1e-6, 0, 1) if x.numel() < 128 else _scale_half(x)),

@@ -1,7 +1,7 @@
 """The expected quantization error of N(0,1) weights, by quadrature: what STATISTICAL tests compare samples with.
 
-A block of B values has maximum m with density p(m) = B (2 Phi(m) - 1)^(B-1) 2 phi(m). Given m, the other B - 1 values are
-normal truncated to (-m, m), and the maximum itself is stored exactly. So
+A block of B values has maximum m with density p(m) = B (2 Phi(m) - 1)^(B-1) 2 phi(m). Given m, the other B - 1 values
+are normal truncated to (-m, m), and the maximum itself is stored exactly. So
 
     E|e|^k = (B-1)/B  integral p(m) integral_{-m}^{m} |x - m q(x/m)|^k phi(x) / (2 Phi(m) - 1) dx dm
 """
@@ -27,7 +27,7 @@ def expected_error(levels: torch.Tensor, block_size: int, n_m: int = 200, n_x: i
     levels = np.sort(np.asarray(levels, np.float64))
     nodes, weights = np.polynomial.legendre.leggauss(n_m)
     m, dm = 4.5 * (nodes + 1), 4.5 * weights  # (0, 9): p(9) < 1e-15 for any block size here
-    phi = lambda z: np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)  # noqa: E731
+    phi = lambda z: np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
     inside = 2 * ndtr(m) - 1
     weight_m = dm * block_size * inside ** (block_size - 2) * 2 * phi(m)  # p(m) / P(|x| < m)
     edges = np.concatenate([[-1.0], (levels[1:] + levels[:-1]) / 2, [1.0]])
