@@ -1,0 +1,217 @@
+"""The CUDA kernels' own sources, run on the CPU through tests/cuda_emulator.h, against the reference.
+
+This is not a GPU run: it shows that index arithmetic, tails, shuffles, fragment layouts and scalar semantics are right,
+and nothing about races, the compiler's back end or speed. What needs a card is in tests/test_cuda_gpu.py.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qlora_ref import native, ops
+from qlora_ref.quantized import QuantConfig, QuantizedTensor
+from qlora_ref.reference.codebook import NAMES, get_codebook
+from qlora_ref.reference.double_quant import get_map8
+from qlora_ref.testing.cases import BOUND, EXACT, cases
+from qlora_ref.testing.compare import ACCUMULATE_CPU, assert_bits_equal, assert_within_bound, bounds
+
+from conftest import ROOT
+
+CXX = shutil.which("g++")
+pytestmark = pytest.mark.skipif(CXX is None, reason="g++ is not installed, so the kernels cannot be emulated")
+
+SOURCES = ("blockwise", "double_quant", "linear_small")
+POINTER, INT, LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+WEIGHT = [POINTER] * 6 + [LONG] * 4 + [ctypes.c_char_p]
+SIGNATURES = {
+    "quantize_4bit": [POINTER, INT, LONG, LONG, ctypes.c_char_p, POINTER, POINTER],
+    "dequantize_4bit": [*WEIGHT, POINTER, INT, LONG],
+    "double_quantize": [POINTER, LONG, POINTER, LONG, ctypes.c_char_p, POINTER, POINTER],
+    "double_dequantize": [POINTER] * 4 + [LONG, LONG, POINTER],
+    "linear_4bit_forward": [POINTER, INT, LONG, *WEIGHT, POINTER, POINTER],
+    "set_device": [INT, INT],
+    "position": [LONG, LONG, LONG],
+    "position_in_tile": [LONG, LONG, ctypes.c_uint32, LONG, LONG],
+    "block_of": [LONG, LONG],
+    "tiling": [LONG, INT, INT, POINTER],
+    "bins_usable": [ctypes.c_char_p],
+}
+RESULTS = {"position": LONG, "position_in_tile": LONG, "block_of": LONG, "bins_usable": INT}
+
+
+class EmulatedBackend(native.Backend):
+    """The CUDA launchers on CPU tensors: every check of native.py, then the emulated kernel."""
+
+    device_type = "cpu"
+
+    def _call(self, function, device, *args):
+        function(*args)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory) -> EmulatedBackend:
+    folder = tmp_path_factory.mktemp("emulated")
+    flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    flags += ["-x", "c++", "-include", str(ROOT / "tests/cuda_emulator.h")]
+    inputs = [ROOT / f"src/cuda/{name}.cu" for name in SOURCES] + [ROOT / "tests/cuda_emulated.cpp"]
+    library = folder / "emulated.so"
+    built = subprocess.run([CXX, *flags, *map(str, inputs), "-shared", "-o", str(library)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    loaded = ctypes.CDLL(str(library))
+    functions = {}
+    for name, signature in SIGNATURES.items():
+        functions[name] = getattr(loaded, name)
+        functions[name].argtypes, functions[name].restype = signature, RESULTS.get(name)
+    return EmulatedBackend(SimpleNamespace(**functions))
+
+
+def run(backend: native.Backend, op: str, arguments: tuple):
+    """An op of ops.py, computed by `backend` (what ops._register_native does)."""
+    arguments = list(arguments)
+    if op == "quantize_4bit":
+        x, name, block = arguments
+        return backend.quantize_4bit(x, get_codebook(name, block), block)
+    if op in ("double_quantize", "double_dequantize"):
+        arguments[-2] = get_map8(arguments[-2])
+        return getattr(backend, op)(*arguments)
+    first = 0 if op == "dequantize_4bit" else 1  # the weight's eight arguments start here
+    nested, name, block, map8 = (arguments[first + i] for i in (2, 4, 5, 6))
+    arguments[first + 4] = get_codebook(name, block)
+    arguments[first + 6] = None if nested is None else get_map8(map8)
+    return getattr(backend, {"linear_4bit": "linear_4bit_forward"}.get(op, op))(*arguments)
+
+
+def as_tuple(outputs):
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+@pytest.mark.parametrize("case", [c for c in cases() if c.parity == EXACT], ids=lambda c: c.id)
+def test_exact(case, emulated, guarded_outputs):
+    """Equal bits, and not a byte written outside the outputs."""
+    with guarded_outputs():
+        actual = as_tuple(run(emulated, case.op, case.arguments()))
+    expected = as_tuple(ops._REFERENCE[case.op](*case.arguments()))
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert_bits_equal(a, e, f"{case.id} output {i}")
+
+
+# --- the linear layer for few tokens ---------------------------------------------------------------------------------
+
+
+def _fits(case) -> bool:
+    """What cuda_linear.py sends to the fused kernel rather than to dequantize + cuBLAS."""
+    return case.params["m"] <= 32 and case.params["k"] % 8 == 0
+
+
+@pytest.mark.parametrize("major", [7, 9], ids=["simt", "mma"])
+@pytest.mark.parametrize("case", [c for c in cases("linear_4bit") if _fits(c)], ids=lambda c: c.id)
+def test_linear(case, major, emulated, guarded_outputs):
+    """Within the rounding bound of a float64 product of the same W', and at most twice torch's error."""
+    emulated._c.set_device(major, 4)
+    with guarded_outputs():
+        actual = run(emulated, case.op, case.arguments())
+    same_dtype = ops._REFERENCE[case.op](*case.arguments())
+    ((name, value, bound),) = bounds(case.op, case.arguments(), ACCUMULATE_CPU)
+    assert_within_bound(actual, same_dtype, value, bound, f"{case.id} {name}")
+
+
+def linear_arguments(m, rows, cols, dtype, seed=0, bias=True, config=QuantConfig()):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, cols, generator=generator).to(dtype)
+    weight = QuantizedTensor.quantize(torch.randn(rows, cols, generator=generator), config)
+    return x, *weight.op_args(), rows, torch.randn(rows, generator=generator).to(dtype) if bias else None
+
+
+# Each (rows, m, multiprocessors) that selects another instantiation: row tiles x token tiles x warps along the rows.
+TILINGS = {
+    (40, 5, 4): (1, 1, 1),
+    (250, 8, 3): (2, 1, 1),
+    (40, 9, 4): (1, 2, 1),
+    (130, 12, 1): (2, 2, 4),
+    (70, 17, 3): (2, 4, 1),
+    (100, 32, 2): (2, 4, 2),
+    (15, 31, 9): (1, 4, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("choice", TILINGS, ids=str)
+def test_every_tiling(choice, dtype, emulated, guarded_outputs):
+    rows, m, multiprocessors = choice
+    chosen = (ctypes.c_int * 3)()
+    emulated._c.tiling(rows, m, multiprocessors, chosen)
+    assert tuple(chosen) == TILINGS[choice], "the heuristic moved: this list should reach every instantiation"
+    emulated._c.set_device(9, multiprocessors)
+    arguments = linear_arguments(m, rows, 1056, dtype)  # 1056 = 8 steps of 128 and one lane group more
+    with guarded_outputs():
+        actual = run(emulated, "linear_4bit", arguments)
+    ((_, value, bound),) = bounds("linear_4bit", arguments, ACCUMULATE_CPU)
+    assert_within_bound(actual, ops._REFERENCE["linear_4bit"](*arguments), value, bound, f"{choice}")
+
+
+@pytest.mark.parametrize("major", [7, 9], ids=["simt", "mma"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+def test_one_weight_whatever_the_batch(dtype, major, emulated):
+    """x = a row of the identity reads W' out: the fused kernel's weight has the very bits of dequantize, for every m."""
+    emulated._c.set_device(major, 4)
+    arguments = linear_arguments(1, 24, 96, dtype, bias=False)
+    weight = ops._REFERENCE["dequantize_4bit"](*arguments[1:9], (24, 96), dtype)
+    for m in (1, 8, 32):
+        x = torch.eye(96, dtype=dtype)[:m]
+        read_out = run(emulated, "linear_4bit", (x, *arguments[1:]))
+        assert_bits_equal(read_out.T.contiguous(), weight[:, :m].contiguous(), f"m={m}")
+
+
+# --- index arithmetic beyond 2^31 ------------------------------------------------------------------------------------
+
+
+def test_positions_beyond_two_to_the_31(emulated):
+    """Strided output positions against Python's integers."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2000):
+        i = int(torch.randint(2**44, (), generator=generator))
+        cols = int(torch.randint(1, 2**20, (), generator=generator))
+        stride = cols + int(torch.randint(4096, (), generator=generator))
+        expected = i // cols * stride + i % cols
+        assert emulated._c.position(i, cols, stride) == expected
+        start = i - i % 1024
+        row, col = divmod(start, cols)
+        assert emulated._c.position_in_tile(row, col, i - start, cols, stride) == expected
+        for size in (32, 64, 4096, 100):
+            assert emulated._c.block_of(i, size) == i // size
+
+
+def test_output_rows_with_a_stride(emulated):
+    """The scratch of cuda_linear.py: W' in the left columns of a wider matrix, the rest untouched."""
+    for rows, cols, extra, dtype in [(70, 96, 64, torch.bfloat16), (33, 129, 7, torch.float16), (9, 72, 4, torch.float32)]:
+        arguments = linear_arguments(1, rows, cols, dtype, bias=False)[1:9]
+        expected = ops._REFERENCE["dequantize_4bit"](*arguments, (rows, cols), dtype)
+        wide = torch.full((rows, cols + extra), 7.0, dtype=dtype)
+        tables = (*arguments[:4], get_codebook("nf4", 64), 64, get_map8("dynamic"), 256)
+        emulated.dequantize_4bit(*tables, (rows, cols), dtype, out=wide[:, :cols])
+        assert_bits_equal(wide[:, :cols].contiguous(), expected, f"{rows}x{cols}")
+        assert (wide[:, cols:] == 7).all()
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3, 4, 8])
+def test_misaligned_storage(offset, emulated):
+    """Slices of a checkpoint need not be aligned for vector loads: slower, but the same bits."""
+    x, packed, absmax, *_ = linear_arguments(1, 40, 64, torch.bfloat16, config=QuantConfig(double_quant=False))
+    shifted = torch.empty(packed.numel() + offset, dtype=torch.uint8)[offset:]
+    shifted.copy_(packed)
+    arguments = (shifted, absmax, None, None, get_codebook("nf4", 64), 64, None, 256, (40, 64))
+    for dtype in (torch.bfloat16, torch.float32):
+        expected = ops._REFERENCE["dequantize_4bit"](
+            packed, absmax, None, None, "nf4", 64, "dynamic", 256, (40, 64), dtype
+        )
+        assert_bits_equal(emulated.dequantize_4bit(*arguments, dtype), expected, f"offset {offset}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bin_table_or_search(name, emulated):
+    """One threshold a bin, except in fp4_e3m0 (three between 0 and 1/16): that type takes the search."""
+    assert emulated._c.bins_usable(native._table(get_codebook(name, 64))) == (name != "fp4_e3m0")
