@@ -10,7 +10,7 @@ e bytes of an activation element, c of an element of a product (they differ when
 from dataclasses import dataclass
 
 from .architecture import Architecture, Matrix
-from .settings import BYTES, Settings
+from .settings import Settings
 
 FP32 = 4
 NORM_TEMPORARIES = 5  # fp32 tensors of the input's shape inside the backward of an RMS norm written in PyTorch
@@ -54,7 +54,7 @@ class Layer:
         """1/rms and an fp32 copy of the input of each norm (fp32 inputs are saved themselves: the first one is the
         layer's input). Trained norms save their normalized input too."""
         h, norms = self.a.hidden, self.a.norms
-        inputs = FP32 * h * (norms if self.e < FP32 else norms - 1)
+        inputs = FP32 * h * (norms - 1 if self.e == FP32 and self.s.checkpointing else norms)
         return self.T * (inputs + FP32 * norms + self.full * self.e * h * norms)
 
     def attention(self) -> int:
@@ -74,7 +74,12 @@ class Layer:
         return self.a.query_width if self.s.attention == "eager" else self.a.kv_width
 
     def mlp(self) -> int:
-        """gate, its activation, up; and the inputs of the linear layers: the normed hidden state, the product."""
+        """gate, its activation, up; and the inputs of the linear layers: the normed hidden state, the product.
+
+        Experts are frozen, each token passes `experts_per_token` of them, and the weighted sum saves their outputs.
+        """
+        if self.a.experts:
+            return self.e * self.T * self.a.experts_per_token * (3 * self.a.intermediate + self.a.hidden)
         inputs = self.linear_inputs("gate_proj", "up_proj") + self.linear_inputs("down_proj")
         return inputs + 3 * self.e * self.T * self.a.intermediate
 
@@ -107,25 +112,37 @@ class Layer:
         a, s, e, c, T = self.a, self.s, self.e, self.c, self.T
         h, f, S = a.hidden, a.intermediate, self.saved()
         down = self.matrices.get("down_proj")
-        norm = FP32 * NORM_TEMPORARIES * T * h + 2 * e * T * h
+        norm = FP32 * NORM_TEMPORARIES * T * h + e * T * h * (1 if a.norms == 4 else 2)
         out = []
         if down:
             scratch = c * down.size if s.quantized else 0
             cast = c * T * h * (e != c)
             branch, gradients = self.branch_backward(down)
             if s.checkpointing:
-                out.append(Moment("down recompute", S + (2 * e + c) * T * h + cast, scratch))
+                out.append(Moment("down recompute", self.recompute(), scratch))
             out.append(Moment("down dequantized", S + e * T * h + cast + c * T * f + branch, scratch, gradients))
             if "down_proj" in self.targets:
                 out.append(Moment("down adapter", S + e * T * h + cast + 2 * c * T * f + branch, 0, gradients))
             product = self.linear_inputs("down_proj")
             out.append(Moment("product", S - product + e * T * (h + 3 * f), 0, gradients))
+        else:
+            k = a.experts_per_token
+            out.append(Moment("experts", S - e * k * T * h + e * T * (h + 3 * k * f)))
         if s.attention == "eager":
             scores = 3 * FP32 * T * s.seq * a.heads
             kept = S - self.mlp() - self.attention() - FP32 * T * h
             out.append(Moment("softmax", kept + scores + e * T * (2 * h + 2 * a.query_width + a.query_width)))
         out.append(Moment("norm", (S if a.norms == 4 else S - self.mlp()) + norm))
         return out
+
+    def recompute(self) -> int:
+        """The layer's last product computed again: its input, the residual, the MLP's input, the incoming gradient
+        (scaled, once more, for a separate branch), the output."""
+        s, e, c, T, h, f = self.s, self.e, self.c, self.T, self.a.hidden, self.a.intermediate
+        separate = s.dropout > 0 and "down_proj" in self.targets  # the branch is no part of the operator
+        shared = e == c and s.dropout == 0 and (self.keeps_input("gate_proj") or self.keeps_input("up_proj"))
+        hidden = e * (1 + (e < FP32) + separate + (not shared)) + c * (1 + (e != c and not separate))
+        return self.saved() - self.linear_inputs("down_proj") + T * (f * (e + c * (e != c)) + h * hidden)
 
     def branch_backward(self, m: Matrix) -> tuple[int, int]:
         """(working bytes, gradient bytes) inside the backward of one adapter."""

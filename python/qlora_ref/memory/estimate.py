@@ -82,7 +82,6 @@ def estimate(architecture: Architecture, settings: Settings, margin: Margin | No
     if settings.train == "adapters":
         static[row.ADAPTERS] = sum(rounded(size * settings.adapter_bytes) for size in trainable)
     static[row.STATES], host = _states(trainable, settings)
-    static[row.TABLES] = _tables(architecture, settings)
     return Estimate(
         architecture, settings, +static, _phases(architecture, settings, trainable), host, margin or Margin()
     )
@@ -158,16 +157,22 @@ def _phases(a: Architecture, s: Settings, trainable: list[int]) -> dict[str, Cou
     worst = layer.backward()
 
     def phase(kept_layers: int, working: int = 0, logits: int = 0, scratch: int = 0, grads: int = 0) -> Counter:
-        out = Counter({kind: kept_layers * kept})
-        out += Counter({row.WORKING: working, row.LOGITS: logits, row.SCRATCH: scratch})
-        return out + Counter({row.GRADIENTS: grads})
+        out = Counter({row.TABLES: _tables(a, s), kind: kept_layers * kept})
+        out.update({row.WORKING: working - unsaved, row.LOGITS: logits, row.SCRATCH: scratch})
+        return +(out + Counter({row.GRADIENTS: grads}))
 
+    # Without checkpointing and with frozen embeddings, the first norm needs no gradient of its input and saves none.
+    unsaved = 0 if s.checkpointing or s.train == "full" else FP32 * s.tokens * a.hidden
     before = gradients if s.keeps_gradients else 0  # of earlier micro-batches
-    behind = gradients if s.keeps_gradients else gradients * (count - 1) // count
+    # Only full fine-tuning has a gradient of the head (before the layers') and of the embeddings (after them).
+    head = rounded(a.vocab * a.hidden * size) if s.train == "full" else 0
+    layers = gradients - head * (1 if a.tied else 2)
+    last = before or head
+    first = before or head + layers * (count - 1) // count
     return {
         row.LOSS_FORWARD: phase(count, *activations.loss_forward(a, s), grads=before),
         row.LOSS_BACKWARD: phase(count, *activations.loss_backward(a, s), grads=before),
-        row.LAST_LAYER: phase(ahead, worst.working, 0, worst.scratch, before + worst.gradients),
-        row.FIRST_LAYER: phase(ahead - count + 1, worst.working, 0, worst.scratch, behind + worst.gradients),
-        row.STEP: phase(0, grads=gradients),
+        row.LAST_LAYER: phase(ahead, worst.working, 0, worst.scratch, last + worst.gradients),
+        row.FIRST_LAYER: phase(ahead - count + 1, worst.working, 0, worst.scratch, first + worst.gradients),
+        row.STEP: Counter({row.GRADIENTS: gradients}),
     }
