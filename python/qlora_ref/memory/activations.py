@@ -167,9 +167,14 @@ def loss_forward(a: Architecture, s: Settings) -> tuple[int, int]:
 
 
 def loss_backward(a: Architecture, s: Settings) -> tuple[int, int]:
-    """(working bytes, logits bytes): the final norm's input in fp32; log-softmax and two fp32 gradients."""
-    softcap = s.activation_bytes if a.softcap else 0
-    return s.tokens * a.hidden * FP32, _logit_rows(s) * a.vocab * (3 * FP32 + softcap)
+    """(working bytes, logits bytes): the final norm's input in fp32; log-softmax and two fp32 gradients.
+
+    A chunked loss also keeps the final norm's output and gathers its gradient, chunk by chunk.
+    """
+    e, rows = s.activation_bytes, _logit_rows(s)
+    softcap = e if a.softcap else 0
+    chunks = e * a.hidden * (2 * s.tokens - rows) if rows < s.tokens else 0
+    return s.tokens * a.hidden * FP32 + chunks, _logit_rows(s) * a.vocab * (3 * FP32 + softcap)
 
 
 def _logit_rows(s: Settings) -> int:

@@ -80,22 +80,22 @@ def estimate(architecture: Architecture, settings: Settings, margin: Margin | No
     trainable = trainable_tensors(architecture, settings)
     static = _weights(architecture, settings)
     if settings.train == "adapters":
-        static[row.ADAPTERS] = sum(rounded(size * settings.adapter_bytes) for size in trainable)
+        static[row.ADAPTERS] = _bytes(trainable, settings.adapter_bytes)
     static[row.STATES], host = _states(trainable, settings)
     return Estimate(
         architecture, settings, +static, _phases(architecture, settings, trainable), host, margin or Margin()
     )
 
 
-def trainable_tensors(a: Architecture, s: Settings) -> list[int]:
-    """Elements of every trainable tensor: lora_A and lora_B of each target, or every parameter."""
+def trainable_tensors(a: Architecture, s: Settings) -> list[tuple[int, int]]:
+    """(elements, how many of them) of the trainable tensors: lora_A and lora_B of each target, or every parameter."""
     if s.train == "full":
-        matrices = [m.size for m, count in a.linear_layers() for _ in range(count)]
-        embeddings = [a.vocab * a.hidden] * (1 if a.tied else 2)
-        return [*matrices, *a.expert_tensors(), *embeddings, *a.small_tensors()]
+        matrices = [(m.size, count) for m, count in a.linear_layers()]
+        embeddings = [(a.vocab * a.hidden, 1 if a.tied else 2)]
+        return [*matrices, *embeddings, *Counter([*a.expert_tensors(), *a.small_tensors()]).items()]
     targets = s.target_names(a)
     pairs = [(m, count) for m, count in a.linear_layers() if m.name in targets]
-    return [s.rank * side for m, count in pairs for side in (m.inputs, m.outputs) for _ in range(count)]
+    return [(s.rank * side, count) for m, count in pairs for side in (m.inputs, m.outputs)]
 
 
 def _weights(a: Architecture, s: Settings) -> Counter:
@@ -122,21 +122,25 @@ def rounded(size: int) -> int:
     return blocks(size, GRANULE) * GRANULE
 
 
-def state_bytes(sizes: Iterable[int], s: Settings) -> int:
-    """Bytes of the states of tensors of these sizes: whole pages, in which every tensor starts at a block.
+def _bytes(tensors: list[tuple[int, int]], size: int) -> int:
+    return sum(count * rounded(elements * size) for elements, count in tensors)
+
+
+def state_bytes(sizes: Iterable[tuple[int, int]], s: Settings) -> int:
+    """Bytes of the states of tensors of these (elements, count): whole pages, in which every tensor starts at a block.
 
     A 32-bit page holds both moments of its elements, an 8-bit page their codes and one fp32 absmax a block each.
     """
     block = ALIGNMENT if s.optimizer == "adamw32" else s.state_block
     block_bytes = 2 * FP32 * block if s.optimizer == "adamw32" else 2 * block + 2 * FP32
-    elements = sum(blocks(size, block) * block for size in sizes)
+    elements = sum(count * blocks(size, block) * block for size, count in sizes)
     return blocks(elements, PAGE_BYTES // block_bytes * block) * PAGE_BYTES
 
 
-def _states(sizes: list[int], s: Settings) -> tuple[int, int]:
+def _states(sizes: list[tuple[int, int]], s: Settings) -> tuple[int, int]:
     """(bytes on the device, bytes in host memory). The pool stays on the device between steps."""
     states = state_bytes(sizes, s)
-    steps = len(sizes) * GRANULE  # each tensor's step count
+    steps = sum(count for _, count in sizes) * GRANULE  # each tensor's step count
     return (min(states, s.pool_mib * 2**20) + steps, states) if s.paged else (states + steps, 0)
 
 
@@ -146,14 +150,14 @@ def _tables(a: Architecture, s: Settings) -> int:
     return rotary + 3 * 8 * s.tokens
 
 
-def _phases(a: Architecture, s: Settings, trainable: list[int]) -> dict[str, Counter]:
+def _phases(a: Architecture, s: Settings, trainable: list[tuple[int, int]]) -> dict[str, Counter]:
     layer = activations.Layer(a, s)
     count = a.layers + a.decoder_layers
     kind = row.CHECKPOINTS if s.checkpointing else row.WORKING
     kept = layer.checkpoint if s.checkpointing else layer.saved()
     ahead = count if s.checkpointing else count - 1  # what the last layer's backward finds besides its own tensors
     size = s.adapter_bytes if s.train == "adapters" else s.product_bytes
-    gradients = sum(rounded(elements * size) for elements in trainable)
+    gradients = _bytes(trainable, size)
     worst = layer.backward()
 
     def phase(kept_layers: int, working: int = 0, logits: int = 0, scratch: int = 0, grads: int = 0) -> Counter:

@@ -65,13 +65,17 @@ def register_attention() -> None:
     AttentionMaskInterface.register(EAGER, lambda *args, **kwargs: None)
 
 
-def build(config: dict, architecture: Architecture, settings: Settings, device: str = "meta", attention: str = "") -> Graph:
+def build(
+    config: dict, architecture: Architecture, settings: Settings, device: str = "meta", attention: str = ""
+) -> Graph:
     """The training graph of a Hugging Face config dictionary under `settings`, on `device`, with random weights.
 
     On "meta" nothing is allocated. Elsewhere layers are made and quantized one at a time.
     """
     register_attention()
-    model = _load(config, architecture, settings, device, attention or {"flash": FUSED, "eager": EAGER}[settings.attention])
+    model = _load(
+        config, architecture, settings, device, attention or {"flash": FUSED, "eager": EAGER}[settings.attention]
+    )
     model.train()
     if settings.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -102,7 +106,11 @@ def _train(model: nn.Module, architecture: Architecture, settings: Settings) -> 
     if settings.embedding_dtype != settings.compute_dtype:
         cast_unquantized(model, DTYPES[settings.embedding_dtype])
     attach_lora(
-        model, settings.rank, target_modules=settings.target_names(architecture), dropout=settings.dropout, dtype=DTYPES[settings.adapter_dtype]
+        model,
+        settings.rank,
+        target_modules=settings.target_names(architecture),
+        dropout=settings.dropout,
+        dtype=DTYPES[settings.adapter_dtype],
     )
     for module in model.modules():
         if isinstance(getattr(module, "dropout", None), nn.Dropout):
@@ -111,7 +119,7 @@ def _train(model: nn.Module, architecture: Architecture, settings: Settings) -> 
 
 
 class MaskedDropout(nn.Dropout):
-    """Dropout as CUDA does it: one byte of mask an element (on CPU and meta, torch saves the mask in the input's type)."""
+    """Dropout as on CUDA: a mask of one byte an element (on CPU and meta, torch saves it in the input's type)."""
 
     def forward(self, x):
         return torch.native_dropout(x, self.p, self.training)[0] if self.p else x

@@ -1,16 +1,19 @@
-"""The trace: the real module graph, forward + backward + optimizer step, on meta tensors. No GPU, no memory, no weights.
+"""The trace: the real module graph, forward + backward + optimizer step, on meta tensors. No GPU and no weights.
 
 It runs two steps, so that the second forward and backward see the optimizer states, and reports the second.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from . import categories as row
-from .estimate import state_bytes
 from .architecture import Architecture
+from .estimate import state_bytes
 from .graph import Graph, build, expansions
 from .settings import Settings
 from .tracker import Tracker
@@ -60,7 +63,7 @@ class States:
     def step(self) -> None:
         if self.states:
             return
-        size = state_bytes([p.numel() for p in self.parameters], self.settings)
+        size = state_bytes([(p.numel(), 1) for p in self.parameters], self.settings)
         if self.settings.paged:
             size = min(size, self.settings.pool_mib * 2**20)
         device = self.parameters[0].device
@@ -83,14 +86,31 @@ def watch_layers(tracker: Tracker, layers, checkpointing: bool) -> list:
 
         return after
 
-    return [layer.register_forward_hook(hook(i)) for i, layer in enumerate(layers)]
+    def before(module, args):
+        if checkpointing:
+            tracker.relabel(args[0], row.CHECKPOINTS)
+
+    return [layer.register_forward_hook(hook(i)) for i, layer in enumerate(layers)] + [
+        layers[0].register_forward_pre_hook(before)
+    ]
+
+
+def watch_rotary(tracker: Tracker, model) -> list:
+    """What the shared rotary module returns, cos and sin, is a table."""
+
+    def after(module, args, output):
+        for table in output:
+            tracker.relabel(table, row.TABLES)
+
+    return [m.register_forward_hook(after) for n, m in model.named_modules() if n.endswith("rotary_emb")]
 
 
 def watch_head(tracker: Tracker, head) -> list:
     """Hooks around the head: what is allocated from here until the gradient of its input is logits and loss."""
 
     def before(module, args):
-        tracker.enter(row.LOSS_FORWARD)
+        if tracker.phase == "forward":  # in a chunked loss, the backward computes logits again
+            tracker.enter(row.LOSS_FORWARD)
         tracker.scope_name = row.LOGITS
         args[0].register_hook(leave)
 
@@ -101,16 +121,14 @@ def watch_head(tracker: Tracker, head) -> list:
 
 
 def watch_gradients(tracker: Tracker, parameters) -> list:
-    return [
-        p.register_post_accumulate_grad_hook(lambda p: tracker.relabel(p.grad, row.GRADIENTS)) for p in parameters
-    ]
+    return [p.register_post_accumulate_grad_hook(lambda p: tracker.relabel(p.grad, row.GRADIENTS)) for p in parameters]
 
 
-def traced_step(tracker: Tracker, model, optimizer, settings: Settings, inputs: dict, loss_of) -> None:
+def traced_step(tracker: Tracker, model, optimizer, settings: Settings, inputs: dict) -> None:
     """One optimizer step: `min(accumulate, 2)` micro-batches, then the states."""
     for _ in range(min(settings.accumulate, 2)):
         tracker.enter("forward")
-        loss = loss_of(model, inputs)
+        loss = loss_function(settings)(model, inputs)
         tracker.enter(row.LOSS_BACKWARD)
         loss.backward()
         del loss
@@ -121,8 +139,31 @@ def traced_step(tracker: Tracker, model, optimizer, settings: Settings, inputs: 
         p.grad = None
 
 
-def hf_loss(model, inputs):
-    return model(**inputs, use_cache=False).loss
+def batch(settings: Settings, device) -> dict[str, torch.Tensor]:
+    ids = torch.zeros(settings.batch, settings.seq, dtype=torch.long, device=device)
+    return {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+
+
+def loss_function(settings: Settings):
+    """(model, inputs) -> loss, as transformers computes it, or in chunks of `logits_chunk` tokens."""
+    if settings.logits_chunk:
+        return partial(chunked_loss, chunk=settings.logits_chunk)
+    return lambda model, inputs: model(**inputs, use_cache=False).loss
+
+
+def chunked_loss(model, inputs, chunk: int):
+    """Mean cross-entropy whose logits exist for `chunk` tokens at a time, in the forward and in the backward."""
+    hidden = model.model(inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)[0].flatten(0, 1)
+    labels = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100).flatten()
+
+    def part(rows, targets):
+        return nn.functional.cross_entropy(model.lm_head(rows).float(), targets, ignore_index=-100, reduction="sum")
+
+    total = sum(
+        checkpoint(part, rows, targets, use_reentrant=False)
+        for rows, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True)
+    )
+    return total / (labels != -100).sum()
 
 
 def trace(config: dict, architecture: Architecture, settings: Settings) -> Trace:
@@ -130,7 +171,7 @@ def trace(config: dict, architecture: Architecture, settings: Settings) -> Trace
     return trace_graph(build(config, architecture, settings), settings)
 
 
-def trace_graph(graph: Graph, settings: Settings, loss_of=hf_loss) -> Trace:
+def trace_graph(graph: Graph, settings: Settings) -> Trace:
     """Trace two steps of a graph on the device it lives on; report the second."""
     model = graph.model
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -140,13 +181,13 @@ def trace_graph(graph: Graph, settings: Settings, loss_of=hf_loss) -> Trace:
     with tracker:
         tracker.adopt(model.named_parameters(), category_of)
         tracker.adopt(model.named_buffers(), category_of)
-        ids = torch.zeros(settings.batch, settings.seq, dtype=torch.long, device=trainable[0].device)
-        inputs = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+        with tracker.scope(row.TABLES):
+            inputs = batch(settings, trainable[0].device)
         hooks = watch_layers(tracker, graph.layers, settings.checkpointing) + watch_head(tracker, graph.head)
-        hooks += watch_gradients(tracker, trainable)
+        hooks += watch_gradients(tracker, trainable) + watch_rotary(tracker, model)
         for _ in range(2):
             tracker.reset_peaks()
-            traced_step(tracker, model, optimizer, settings, inputs, loss_of)
+            traced_step(tracker, model, optimizer, settings, inputs)
     for hook in hooks:
         hook.remove()
     return Trace({name: (peak.total, peak.categories) for name, peak in tracker.peaks.items()})
