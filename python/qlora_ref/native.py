@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
+from .cuda_linear import CudaLinear, Scratch, unusable
 from .reference.blockwise import check_block_size
 from .reference.codebook import Codebook
-from .reference.double_quant import Map8
+from .reference.double_quant import Map8, get_map8
 from .source_hash import source_hash
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of types.h
@@ -64,6 +65,7 @@ class Backend:
 
     def __init__(self, module):
         self._c = module
+        self._moment_tables: dict[torch.device, torch.Tensor] = {}
 
     def _call(self, function, device: torch.device, *args) -> None:
         raise NotImplementedError
@@ -274,6 +276,82 @@ class Backend:
         )
         return dx
 
+    # --- AdamW -------------------------------------------------------------------------------------------------------
+
+    def adamw(
+        self,
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        exp_avgs: list[torch.Tensor],
+        exp_avg_sqs: list[torch.Tensor],
+        steps: list[torch.Tensor],
+        *,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        weight_decay: float,
+        eps: float,
+        fused: bool = False,
+    ) -> None:
+        """reference.adamw.adamw_step on every item of the lists, in place; `steps` (f32) are counted up already.
+
+        `fused`: in the order of operations of torch's fused CUDA kernel instead, which gives slightly other bits.
+        """
+        if params:
+            rows = self._adamw_rows(params, grads, (exp_avgs, exp_avg_sqs), steps)
+            scalars = lr, beta1, beta2, weight_decay, eps
+            dtype = _DTYPE[params[0].dtype]
+            self._call(self._c.adamw, params[0].device, rows, dtype, *scalars, int(fused))
+
+    def adamw_8bit(
+        self,
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        m_codes: list[torch.Tensor],
+        m_absmax: list[torch.Tensor],
+        v_codes: list[torch.Tensor],
+        v_absmax: list[torch.Tensor],
+        steps: list[torch.Tensor],
+        *,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        weight_decay: float,
+        eps: float,
+    ) -> None:
+        """reference.adamw.adamw_step_8bit on every item of the lists, in place."""
+        if params:
+            rows = self._adamw_rows(params, grads, (m_codes, m_absmax, v_codes, v_absmax), steps)
+            scalars = lr, beta1, beta2, weight_decay, eps
+            device, dtype = params[0].device, _DTYPE[params[0].dtype]
+            self._call(self._c.adamw_8bit, device, rows, dtype, *scalars, self._moment_maps(device).data_ptr())
+
+    def _adamw_rows(self, params, grads, fields, steps) -> bytes:
+        """An array of struct AdamWPiece or AdamW8bitPiece. Updated in place, so nothing may be copied: all contiguous."""
+        device, dtype = self._check_device(params[0].device), params[0].dtype
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise TypeError(f"AdamW updates float32 or bfloat16 parameters, not {dtype}; cast them")
+        words: list[int] = []
+        for row in zip(params, grads, *fields, steps, strict=True):
+            n = row[0].numel()
+            states = ((torch.float32, n),) * 2
+            if len(fields) == 4:
+                states = ((torch.uint8, n), (torch.float32, -(-n // 256))) * 2
+            for tensor, (wanted, size) in zip(row, ((dtype, n), (dtype, n), *states, (torch.float32, 1)), strict=True):
+                _check("a tensor of AdamW", tensor, wanted, size, device)
+                if not tensor.is_contiguous():
+                    raise ValueError("AdamW updates in place and needs contiguous tensors; call .contiguous() first")
+                words.append(tensor.data_ptr())
+            words.append(n)
+        return struct.pack(f"{len(words)}Q", *words)
+
+    def _moment_maps(self, device: torch.device) -> torch.Tensor:
+        """struct Map8 of m, then that of v, on `device`."""
+        if device not in self._moment_tables:
+            both = _table(get_map8("dynamic")) + _table(get_map8("dynamic_unsigned"))
+            self._moment_tables[device] = torch.frombuffer(bytearray(both), dtype=torch.uint8).clone().to(device)
+        return self._moment_tables[device]
+
 
 class CpuBackend(Backend):
     """On torch's number of threads (torch.set_num_threads)."""
@@ -284,13 +362,14 @@ class CpuBackend(Backend):
         function(*args, torch.get_num_threads())
 
 
-class CudaBackend(Backend):
-    """On the device of the tensors and torch's current stream there."""
+class CudaBackend(CudaLinear, Backend):
+    """On the device of the tensors and torch's current stream there; the linear layer as cuda_linear.py divides it."""
 
     device_type = "cuda"
 
     def __init__(self, module):
         super().__init__(module)
+        self.scratch = Scratch()
         self._maps: dict[tuple[int, torch.device], torch.Tensor] = {}
 
     def _call(self, function, device, *args):
@@ -346,7 +425,8 @@ def _why_no_cuda(module) -> str:
         return "this torch is a CPU build; install a CUDA build of torch (https://pytorch.org/get-started)"
     if not torch.cuda.is_available():
         return "torch sees no NVIDIA GPU; check `nvidia-smi` and CUDA_VISIBLE_DEVICES"
-    return ""
+    c = module.cuda
+    return unusable(c.archs, c.capabilities(), c.driver_version(), c.runtime_version())
 
 
 def cpu_variants() -> list[str]:

@@ -43,7 +43,7 @@ def _adamw_8bit(params, grads, m_codes, m_absmax, v_codes, v_absmax, steps, **sc
 _lib.impl("adamw_", _adamw, "CompositeExplicitAutograd")
 _lib.impl("adamw_8bit_", _adamw_8bit, "CompositeExplicitAutograd")
 for _backend, _key in ((native.cpu, "CPU"), (native.cuda, "CUDA")):
-    if _backend is not None and hasattr(_backend, "adamw"):
+    if _backend is not None:
         _lib.impl("adamw_", _backend.adamw, _key)
         _lib.impl("adamw_8bit_", _backend.adamw_8bit, _key)
 

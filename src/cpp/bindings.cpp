@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <string_view>
 
 #include "kernels.h"
 #include "source_hash.h"
@@ -59,6 +60,17 @@ Weight make_weight(Address packed, Address absmax, Address codes, Address nested
 #define WEIGHT                                                                                                \
   make_weight(packed, absmax, codes, nested_absmax, mean, map, nested_block_size, rows, cols, block_size, codebook)
 
+// AdamW's runs of elements: an array of structs out of the bytes native.py packed.
+template <class Piece>
+std::vector<Piece> pieces(const py::bytes& bytes) {
+  const std::string_view view = bytes;
+  std::vector<Piece> result(view.size() / sizeof(Piece));
+  std::memcpy(result.data(), view.data(), result.size() * sizeof(Piece));
+  return result;
+}
+
+#define ADAMW_SCALARS double lr, double beta1, double beta2, double weight_decay, double eps
+
 // Last argument: the number of threads. The GIL is released while a kernel runs.
 void bind_cpu(py::module_ m) {
   m.def("quantize_4bit", [](Address x, int dtype, int64_t n, int64_t block_size, const py::bytes& codebook,
@@ -106,6 +118,19 @@ void bind_cpu(py::module_ m) {
           set_num_threads(threads);
           linear_4bit_backward(pointer<void>(dy), DType(dtype), tokens, w.weight, w.codebook, pointer<void>(dx));
         });
+  m.def("adamw", [](const py::bytes& packed, int dtype, ADAMW_SCALARS, int order, int threads) {
+    auto runs = pieces<AdamWPiece>(packed);
+    py::gil_scoped_release release;
+    set_num_threads(threads);
+    adamw(runs.data(), int64_t(runs.size()), DType(dtype), {lr, beta1, beta2, weight_decay, eps}, AdamWOrder(order));
+  });
+  m.def("adamw_8bit", [](const py::bytes& packed, int dtype, ADAMW_SCALARS, Address maps, int threads) {
+    auto runs = pieces<AdamW8bitPiece>(packed);
+    py::gil_scoped_release release;
+    set_num_threads(threads);
+    adamw_8bit(runs.data(), int64_t(runs.size()), DType(dtype), {lr, beta1, beta2, weight_decay, eps},
+               pointer<Map8>(maps));
+  });
   m.def("variants", &cpu_variants);
   m.def("variant", &cpu_variant);
   m.def("set_variant", &set_cpu_variant);
@@ -147,13 +172,21 @@ void bind_cuda(py::module_ m) {
           cuda::linear_4bit_forward(pointer<void>(x), DType(dtype), tokens, w.weight, w.codebook, pointer<void>(bias),
                                     pointer<void>(y), pointer<void>(stream));
         });
-  m.def("linear_4bit_backward",
-        [](Address dy, int dtype, int64_t tokens, WEIGHT_PARAMETERS, Address dx, Address stream) {
-          auto w = WEIGHT;
-          py::gil_scoped_release release;
-          cuda::linear_4bit_backward(pointer<void>(dy), DType(dtype), tokens, w.weight, w.codebook, pointer<void>(dx),
-                                     pointer<void>(stream));
-        });
+  m.def("driver_version", &cuda::driver_version);
+  m.def("runtime_version", &cuda::runtime_version);
+  m.def("capabilities", &cuda::capabilities);
+  m.def("adamw", [](const py::bytes& packed, int dtype, ADAMW_SCALARS, int order, Address stream) {
+    auto runs = pieces<AdamWPiece>(packed);
+    py::gil_scoped_release release;
+    cuda::adamw(runs.data(), int64_t(runs.size()), DType(dtype), {lr, beta1, beta2, weight_decay, eps},
+                AdamWOrder(order), pointer<void>(stream));
+  });
+  m.def("adamw_8bit", [](const py::bytes& packed, int dtype, ADAMW_SCALARS, Address maps, Address stream) {
+    auto runs = pieces<AdamW8bitPiece>(packed);
+    py::gil_scoped_release release;
+    cuda::adamw_8bit(runs.data(), int64_t(runs.size()), DType(dtype), {lr, beta1, beta2, weight_decay, eps},
+                     pointer<Map8>(maps), pointer<void>(stream));
+  });
   m.attr("archs") = QLORA_CUDA_ARCHS;
 }
 #endif

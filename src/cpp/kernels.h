@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "adamw_math.h"
 #include "types.h"
 
 namespace qlora {
@@ -35,6 +36,32 @@ void linear_4bit_forward(const void* x, DType dtype, int64_t m, const Weight4bit
 void linear_4bit_backward(const void* dy, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
                           void* dx);
 
+// --- AdamW (reference/adamw.py): `count` runs of elements in one call, updated in place -------------------------------
+
+// `param` and `grad` are f32 or bf16; `step` points at this step's number, counted from 1.
+struct AdamWPiece {
+  void* param;
+  const void* grad;
+  float *exp_avg, *exp_avg_sq;
+  const float* step;
+  int64_t n;
+};
+// Moments in 8 bits: one absmax for every 256 elements of the run.
+struct AdamW8bitPiece {
+  void* param;
+  const void* grad;
+  uint8_t* m_codes;
+  float* m_absmax;
+  uint8_t* v_codes;
+  float* v_absmax;
+  const float* step;
+  int64_t n;
+};
+void adamw(const AdamWPiece* pieces, int64_t count, DType dtype, const AdamWScalars& scalars, AdamWOrder order);
+// `maps`: the map of m and that of v.
+void adamw_8bit(const AdamW8bitPiece* pieces, int64_t count, DType dtype, const AdamWScalars& scalars,
+                const Map8* maps);
+
 // --- threads ------------------------------------------------------------------------------------------------------
 
 // How many threads the calls made from this thread may use (native.py passes torch.get_num_threads()).
@@ -60,10 +87,22 @@ void dequantize_4bit(const Weight4bit& weight, const Codebook& codebook, void* o
 void double_quantize(const float* absmax, int64_t n, const float* mean, int64_t nested_block_size, const Map8& map,
                      uint8_t* codes, float* nested_absmax, void* stream);
 void double_dequantize(const Absmax& absmax, int64_t n, float* out, void* stream);
+// m <= 32 and cols % 8 == 0 only; for more tokens, and backward, python/qlora_ref/cuda_linear.py dequantizes and calls
+// cuBLAS through torch.
 void linear_4bit_forward(const void* x, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
                          const void* bias, void* y, void* stream);
-void linear_4bit_backward(const void* dy, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
-                          void* dx, void* stream);
+
+// CUDA versions as 1000 * major + 10 * minor; 0 where there is no driver. Neither creates a context.
+int driver_version();
+int runtime_version();
+// Compute capability of every visible card as 10 * major + minor.
+std::vector<int> capabilities();
+
+// `pieces` lies on the host and travels as a kernel parameter; what it points to, and `maps`, on the device.
+void adamw(const AdamWPiece* pieces, int64_t count, DType dtype, const AdamWScalars& scalars, AdamWOrder order,
+           void* stream);
+void adamw_8bit(const AdamW8bitPiece* pieces, int64_t count, DType dtype, const AdamWScalars& scalars,
+                const Map8* maps, void* stream);
 
 }  // namespace cuda
 
