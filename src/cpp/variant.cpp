@@ -12,6 +12,9 @@ namespace {
 // Slowest first.
 const Variant* const kCompiled[] = {
     &scalar_variant,
+#ifdef QLORA_X86
+    &avx512_variant,
+#endif
 };
 
 const Variant* find(const std::string& name) {

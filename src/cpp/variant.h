@@ -25,7 +25,7 @@ struct Variant {
   void (*double_dequantize)(const Absmax& absmax, int64_t first, int64_t n, float* out);
 };
 
-extern const Variant scalar_variant;
+extern const Variant scalar_variant, avx512_variant;
 
 const Variant& variant();  // the one in use
 
