@@ -78,7 +78,7 @@ struct State {
   std::vector<Fiber> fibers;
   std::vector<Meeting> warps;
   Meeting all;
-  uint64_t slots[32][32][4];  // [warp][lane]: values exchanged at a meeting
+  uint64_t slots[32][2][32][4];  // [warp][parity of the meeting][lane]: values exchanged
   int count = 0;              // of __syncthreads_count
   Fiber* current = nullptr;
   std::function<void()> kernel;
@@ -158,22 +158,26 @@ void run(unsigned blocks_x, unsigned blocks_y, unsigned threads, Kernel&& kernel
   }
 }
 
-// Lay `value` out for the warp, meet, read what `read` wants, meet again (so nobody overwrites too early).
-template <class T, class Read>
-T exchange(const T& value, Read read) {
-  static_assert(sizeof(T) <= sizeof(state.slots[0][0]), "too large for a slot");
+// Lay `value` out for the warp and meet; then any lane may be read. Slots alternate, and nobody can be two meetings
+// ahead, so nothing is overwritten while it may still be read.
+template <class T>
+struct Exchanged {
+  const uint64_t (*slots)[4];
+  T operator[](unsigned lane) const {
+    T value;
+    std::memcpy(&value, slots[lane], sizeof value);
+    return value;
+  }
+};
+
+template <class T>
+Exchanged<T> exchange(const T& value) {
+  static_assert(sizeof(T) <= sizeof(state.slots[0][0][0]), "too large for a slot");
   Meeting& meeting = state.warps[warp()];
-  const unsigned w = warp(), l = lane();
-  std::memcpy(state.slots[w][l], &value, sizeof value);
+  auto& slots = state.slots[warp()][meeting.generation % 2];
+  std::memcpy(slots[lane()], &value, sizeof value);
   meet(meeting);
-  auto get = [w](unsigned from) {
-    T v;
-    std::memcpy(&v, state.slots[w][from], sizeof v);
-    return v;
-  };
-  T result = read(get, l);
-  meet(meeting);
-  return result;
+  return {slots};
 }
 
 // mma.m16n8k16: element (row, k) of a lies in lane row % 8 * 4 + k % 8 / 2, word row / 8 + k / 8 * 2, half k % 2, and
@@ -184,23 +188,18 @@ struct Fragments {
 
 template <class ToFloat>
 void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, ToFloat to_float) {
-  Fragments mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
-  Meeting& meeting = state.warps[warp()];
-  std::memcpy(state.slots[warp()][lane()], &mine, sizeof mine);
-  meet(meeting);
+  const auto all = exchange(Fragments{{a[0], a[1], a[2], a[3]}, {b0, b1}});
   auto half = [&](uint32_t word, int k) { return double(to_float(uint16_t(k % 2 ? word >> 16 : word))); };
   for (int i = 0; i < 4; ++i) {
     const int row = int(lane() / 4) + i / 2 * 8, column = int(lane() % 4) * 2 + i % 2;
     double sum = c[i];
     for (int k = 0; k < 16; ++k) {
-      Fragments of_a, of_b;
-      std::memcpy(&of_a, state.slots[warp()][row % 8 * 4 + k % 8 / 2], sizeof of_a);
-      std::memcpy(&of_b, state.slots[warp()][column * 4 + k % 8 / 2], sizeof of_b);
-      sum += half(of_a.a[row / 8 + k / 8 * 2], k) * half(of_b.b[k / 8], k);
+      const uint32_t word_a = all[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
+      const uint32_t word_b = all[column * 4 + k % 8 / 2].b[k / 8];
+      sum += half(word_a, k) * half(word_b, k);
     }
     c[i] = float(sum);
   }
-  meet(meeting);
 }
 
 // The card that the launchers think they are on; tests set it.
@@ -241,13 +240,12 @@ T __ldg(const T* address) {
 
 template <class T>
 T __shfl_sync(unsigned, T value, int source, int width = 32) {
-  return emulator::exchange(value, [&](auto get, unsigned lane) {
-    return get((lane & ~unsigned(width - 1)) | (unsigned(source) & unsigned(width - 1)));
-  });
+  const unsigned low = unsigned(width - 1);
+  return emulator::exchange(value)[(emulator::lane() & ~low) | (unsigned(source) & low)];
 }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
-  return emulator::exchange(value, [&](auto get, unsigned lane) { return get(lane ^ unsigned(mask)); });
+  return emulator::exchange(value)[emulator::lane() ^ unsigned(mask)];
 }
 
 inline void __syncthreads() { emulator::meet(emulator::state.all); }

@@ -5,88 +5,24 @@ and nothing about races, the compiler's back end or speed. What needs a card is 
 """
 
 import ctypes
-import shutil
-import subprocess
-from types import SimpleNamespace
 
 import pytest
 import torch
+from emulated_cuda import CXX, EmulatedBackend, as_tuple, launchers, run
 
 from qlora_ref import native, ops
 from qlora_ref.quantized import QuantConfig, QuantizedTensor
 from qlora_ref.reference.codebook import NAMES, get_codebook
 from qlora_ref.reference.double_quant import get_map8
-from qlora_ref.testing.cases import BOUND, EXACT, cases
+from qlora_ref.testing.cases import EXACT, cases
 from qlora_ref.testing.compare import ACCUMULATE_CPU, assert_bits_equal, assert_within_bound, bounds
 
-from conftest import ROOT
-
-CXX = shutil.which("g++")
 pytestmark = pytest.mark.skipif(CXX is None, reason="g++ is not installed, so the kernels cannot be emulated")
 
-SOURCES = ("blockwise", "double_quant", "linear_small")
-POINTER, INT, LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-WEIGHT = [POINTER] * 6 + [LONG] * 4 + [ctypes.c_char_p]
-SIGNATURES = {
-    "quantize_4bit": [POINTER, INT, LONG, LONG, ctypes.c_char_p, POINTER, POINTER],
-    "dequantize_4bit": [*WEIGHT, POINTER, INT, LONG],
-    "double_quantize": [POINTER, LONG, POINTER, LONG, ctypes.c_char_p, POINTER, POINTER],
-    "double_dequantize": [POINTER] * 4 + [LONG, LONG, POINTER],
-    "linear_4bit_forward": [POINTER, INT, LONG, *WEIGHT, POINTER, POINTER],
-    "set_device": [INT, INT],
-    "position": [LONG, LONG, LONG],
-    "position_in_tile": [LONG, LONG, ctypes.c_uint32, LONG, LONG],
-    "block_of": [LONG, LONG],
-    "tiling": [LONG, INT, INT, POINTER],
-    "bins_usable": [ctypes.c_char_p],
-}
-RESULTS = {"position": LONG, "position_in_tile": LONG, "block_of": LONG, "bins_usable": INT}
 
-
-class EmulatedBackend(native.Backend):
-    """The CUDA launchers on CPU tensors: every check of native.py, then the emulated kernel."""
-
-    device_type = "cpu"
-
-    def _call(self, function, device, *args):
-        function(*args)
-
-
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory) -> EmulatedBackend:
-    folder = tmp_path_factory.mktemp("emulated")
-    flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    flags += ["-x", "c++", "-include", str(ROOT / "tests/cuda_emulator.h")]
-    inputs = [ROOT / f"src/cuda/{name}.cu" for name in SOURCES] + [ROOT / "tests/cuda_emulated.cpp"]
-    library = folder / "emulated.so"
-    built = subprocess.run([CXX, *flags, *map(str, inputs), "-shared", "-o", str(library)], capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    loaded = ctypes.CDLL(str(library))
-    functions = {}
-    for name, signature in SIGNATURES.items():
-        functions[name] = getattr(loaded, name)
-        functions[name].argtypes, functions[name].restype = signature, RESULTS.get(name)
-    return EmulatedBackend(SimpleNamespace(**functions))
-
-
-def run(backend: native.Backend, op: str, arguments: tuple):
-    """An op of ops.py, computed by `backend` (what ops._register_native does)."""
-    arguments = list(arguments)
-    if op == "quantize_4bit":
-        x, name, block = arguments
-        return backend.quantize_4bit(x, get_codebook(name, block), block)
-    if op in ("double_quantize", "double_dequantize"):
-        arguments[-2] = get_map8(arguments[-2])
-        return getattr(backend, op)(*arguments)
-    first = 0 if op == "dequantize_4bit" else 1  # the weight's eight arguments start here
-    nested, name, block, map8 = (arguments[first + i] for i in (2, 4, 5, 6))
-    arguments[first + 4] = get_codebook(name, block)
-    arguments[first + 6] = None if nested is None else get_map8(map8)
-    return getattr(backend, {"linear_4bit": "linear_4bit_forward"}.get(op, op))(*arguments)
-
-
-def as_tuple(outputs):
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+@pytest.fixture(scope="module")
+def emulated() -> EmulatedBackend:
+    return EmulatedBackend(launchers())
 
 
 @pytest.mark.parametrize("case", [c for c in cases() if c.parity == EXACT], ids=lambda c: c.id)
