@@ -239,7 +239,15 @@ def _register_native(backend, key: str) -> None:
     def linear_4bit_backward(dy, *args):
         return backend.linear_4bit_backward(dy, *tables(args[:_WEIGHT_ARGS]), *args[_WEIGHT_ARGS:])
 
+    def lora_linear_4bit(x, *args):
+        return backend.lora_linear_4bit(x, *tables(args[:_WEIGHT_ARGS]), *args[_WEIGHT_ARGS:])
+
+    def lora_linear_4bit_backward(dy, x, *args):
+        return backend.lora_linear_4bit_backward(dy, x, *tables(args[:_WEIGHT_ARGS]), *args[_WEIGHT_ARGS:])
+
     kernels = (quantize_4bit, dequantize_4bit, double_quantize, double_dequantize, linear_4bit, linear_4bit_backward)
+    if hasattr(backend, "lora_linear_4bit"):  # CUDA folds the adapter into the product (cuda_linear.py)
+        kernels += (lora_linear_4bit, lora_linear_4bit_backward)
     for kernel in kernels:
         _lib.impl(kernel.__name__, kernel, key)
 
