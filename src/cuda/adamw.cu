@@ -74,7 +74,7 @@ __device__ __forceinline__ void load4(const float* x, float (&v)[kVector]) {
 }
 __device__ __forceinline__ void store4(f32* x, const float (&v)[kVector]) { store16(x, v); }
 __device__ __forceinline__ void store4(bf16* x, const float (&v)[kVector]) {
-  *reinterpret_cast<uint2*>(x) = make_uint2(pack2(bf16{}, v[0], v[1]), pack2(bf16{}, v[2], v[3]));
+  *reinterpret_cast<uint2*>(x) = uint2{pack2(bf16{}, v[0], v[1]), pack2(bf16{}, v[2], v[3])};
 }
 __device__ __forceinline__ void store4(float* x, const float (&v)[kVector]) { store4(reinterpret_cast<f32*>(x), v); }
 
@@ -121,19 +121,21 @@ __device__ __forceinline__ void store_codes(uint8_t* codes, const int (&in)[kPer
   uint32_t words[2] = {0, 0};
 #pragma unroll
   for (int e = 0; e < kPerLane; ++e) words[e / 4] |= uint32_t(in[e]) << (e % 4 * 8);
-  *reinterpret_cast<uint2*>(codes) = make_uint2(words[0], words[1]);
+  *reinterpret_cast<uint2*>(codes) = uint2{words[0], words[1]};
 }
 __device__ __forceinline__ void store8(f32* x, const float (&v)[8]) {
   store16(x, {v[0], v[1], v[2], v[3]}), store16(x + 4, {v[4], v[5], v[6], v[7]});
 }
 __device__ __forceinline__ void store8(bf16* x, const float (&v)[8]) { store16(x, v); }
 
+__device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
 __device__ __forceinline__ float warp_absmax(const float (&x)[kPerLane]) {
   uint32_t key = 0;
 #pragma unroll
-  for (int e = 0; e < kPerLane; ++e) key = max(key, magnitude_key(x[e]));
+  for (int e = 0; e < kPerLane; ++e) key = larger(key, magnitude_key(x[e]));
 #pragma unroll
-  for (int step = 1; step < kLanes; step *= 2) key = max(key, __shfl_xor_sync(kFullWarp, key, step));
+  for (int step = 1; step < kLanes; step *= 2) key = larger(key, __shfl_xor_sync(kFullWarp, key, step));
   return absmax_of_key(key);
 }
 
