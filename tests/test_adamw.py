@@ -286,6 +286,21 @@ def test_native_8bit(backend, dtype):
                 assert_guards(around)
 
 
+@DTYPES
+def test_native_8bit_ragged_tail(backend, dtype):
+    """The last block is short, and its moments almost vanish in this step: what lies behind them must not count."""
+    n = 259
+    param, grad, m, v = torch.ones(n).to(dtype), torch.full((n,), -9.0).to(dtype), torch.ones(n), torch.ones(n)
+    grad[-1] = -9.25
+    states = encode_moments(m, v)
+    ours = [t.clone() for t in (param, grad, *states)]
+    adamw_step_8bit(param, grad, states, AdamWScalars(1, **SETTINGS[0]))
+    assert states[1][1] < 0.1  # 0.9 - 0.1 * 9.25
+    backend.adamw_8bit(*[[t] for t in ours], [torch.tensor(1.0)], **SETTINGS[0])
+    for name, e, actual in zip(range(6), (param, grad, *states), ours, strict=True):
+        assert_bits_equal(actual, e, f"tensor {name}")
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e-39, 3e38])
 def test_native_8bit_extremes(backend, value):
     """Non-finite, subnormal and huge gradients in one block, the neighbours untouched."""
