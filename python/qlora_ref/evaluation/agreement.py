@@ -86,9 +86,7 @@ def among_annotators(ratings: Ratings) -> ItemAgreement:
     """Between the annotators of a human file, items as stored."""
     if ratings.kind != "human":
         raise ValueError("agreement among annotators needs a human file (rows with the key annotator).")
-    return item_agreement(
-        list(ratings.annotations.values()), "as stored: a was shown first", "not applicable"
-    )
+    return item_agreement(list(ratings.annotations.values()), "as stored: a was shown first", "not applicable")
 
 
 def between_judges(one: Ratings, other: Ratings) -> ItemAgreement:

@@ -47,9 +47,7 @@ def fit(matches: Matches, start: float = 1000.0, scale: float = 400.0) -> Bradle
     rating = scale * np.log10(strength) + start
     se = _clustered_se(matches, strength) * scale / math.log(10)
     n_items = len(set(matches.items))
-    return BradleyTerry(
-        matches.names, rating, rating - _Z_95 * se, rating + _Z_95 * se, len(matches), n_items
-    )
+    return BradleyTerry(matches.names, rating, rating - _Z_95 * se, rating + _Z_95 * se, len(matches), n_items)
 
 
 def _require_finite(wins: np.ndarray, names: list[str]) -> None:

@@ -27,9 +27,7 @@ SUBVERBS = {
 def usage() -> str:
     width = max(map(len, SUBVERBS))
     lines = [f"  {verb:<{width}}  {text}" for verb, (_, text) in SUBVERBS.items()]
-    return "\n".join(
-        ["usage: qlora-ref eval SUBVERB [options]   (SUBVERB --help for one of them)", "", *lines]
-    )
+    return "\n".join(["usage: qlora-ref eval SUBVERB [options]   (SUBVERB --help for one of them)", "", *lines])
 
 
 def main(argv: list[str]) -> int:
@@ -40,9 +38,7 @@ def main(argv: list[str]) -> int:
     verb, rest = argv[0], argv[1:]
     if verb not in SUBVERBS:
         near = difflib.get_close_matches(verb, SUBVERBS, n=1)
-        raise UserError(
-            f"no subverb '{verb}'. " + (f"Did you mean '{near[0]}'? " if near else "") + "\n" + usage()
-        )
+        raise UserError(f"no subverb '{verb}'. " + (f"Did you mean '{near[0]}'? " if near else "") + "\n" + usage())
     try:
         module = importlib.import_module(f".{SUBVERBS[verb][0]}", __package__)
         return module.main(rest)

@@ -1,5 +1,6 @@
 """`qlora-ref eval agreement FILE [FILE2]`: a judge with itself after the swap, annotators, or two judges."""
 
+import contextlib
 from dataclasses import asdict
 
 from . import agreement
@@ -22,9 +23,7 @@ _COLUMNS = [
 
 
 def main(argv: list[str]) -> int:
-    p = parser(
-        "agreement", "One file: annotators among themselves, or a judge after the swap. Two: also each other."
-    )
+    p = parser("agreement", "One file: annotators among themselves, or a judge after the swap. Two: also each other.")
     p.add_argument("file", help="ratings: .jsonl or .csv, plain or .gz")
     p.add_argument("other", nargs="?", help="a second judge's ratings of the same systems")
     add_elo_options(p)
@@ -34,11 +33,7 @@ def main(argv: list[str]) -> int:
     args = p.parse_args(argv)
     files = [args.file] + ([args.other] if args.other else [])
     judges = [ratings_of(path, args) for path in files]
-    found = [
-        (name, value)
-        for path, judge in zip(files, judges, strict=True)
-        for name, value in _alone(path, judge)
-    ]
+    found = [(name, value) for path, judge in zip(files, judges, strict=True) for name, value in _alone(path, judge)]
     notes = [note for judge in judges for note in judge.notes.lines()]
     tables = []
     if args.other:
@@ -48,12 +43,8 @@ def main(argv: list[str]) -> int:
             notes.append(str(error))
         tables.append(_system_level(judges, args))
     if not found and not tables:
-        raise ValueError(
-            "nothing to compare: no item was judged in both orders. Give a second file of ratings."
-        )
-    tables.insert(
-        0, Table("items", _COLUMNS, [_row(name, value) for name, value in found], dict.fromkeys(_COLUMNS, 4))
-    )
+        raise ValueError("nothing to compare: no item was judged in both orders. Give a second file of ratings.")
+    tables.insert(0, Table("items", _COLUMNS, [_row(name, value) for name, value in found], dict.fromkeys(_COLUMNS, 4)))
     notes += [f"{name}: orientation {v.orientation}; {v.missing}" for name, v in found]
     if any(value.kappa != value.kappa for _, value in found):
         notes.append("kappa is undefined where all ratings fall into one class")
@@ -71,10 +62,8 @@ def _alone(path: str, judge: Ratings) -> list[tuple[str, agreement.ItemAgreement
     found = []
     if judge.kind == "human" and len(next(iter(judge.annotations.values()))) > 1:
         found.append((f"{path}: among annotators", agreement.among_annotators(judge)))
-    try:
+    with contextlib.suppress(ValueError):  # no item in both orders: nothing to say, not a fault of the file
         found.append((f"{path}: after the swap", agreement.after_swap(judge.votes)))
-    except ValueError:  # no item in both orders: nothing to say, not a fault of the file
-        pass
     return found
 
 

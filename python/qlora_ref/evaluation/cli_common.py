@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from typing import Any
 
 from .records import BAD_ROW_POLICIES
 from .report_tables import FORMATS, Result, render, write_text
@@ -34,9 +35,7 @@ def add_human(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("human ratings (rows with the key annotator)")
     group.add_argument("--annotators", choices=("majority", "each", "first"), default="majority")
     group.add_argument("--no-majority", choices=("tie", "drop"), default="tie")
-    group.add_argument(
-        "--raters", type=positive_int, default=3, metavar="N", help="annotations per item (default 3)"
-    )
+    group.add_argument("--raters", type=positive_int, default=3, metavar="N", help="annotations per item (default 3)")
 
 
 def positive_int(text: str) -> int:
@@ -61,3 +60,23 @@ def emit(result: Result, args: argparse.Namespace) -> None:
         print(f"wrote {args.out}", file=sys.stderr)
     else:
         sys.stdout.write(text)
+
+
+def add_model(p: argparse.ArgumentParser, required: bool = True) -> None:
+    g = p.add_argument_group("local model")
+    g.add_argument("--model-folder", required=required, metavar="DIR", help="a transformers folder (safetensors)")
+    g.add_argument("--adapter", metavar="DIR", help="a PEFT adapter folder to put on top")
+    g.add_argument("--quantize", choices=("nf4", "fp4"), help="load the model in 4 bits, double quantization")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+
+
+def model_of(args: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, tokenizer) of the local-model options."""
+    from transformers.utils import logging
+
+    from .local_model import load_model, load_tokenizer
+
+    logging.disable_progress_bar()
+    tokenizer = load_tokenizer(args.model_folder)
+    return load_model(args.model_folder, args.adapter, args.quantize, args.device, args.dtype), tokenizer

@@ -28,18 +28,12 @@ def add_elo_options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--ties", choices=("half", "drop"), default="half", help="half a win each, or leave out")
     g.add_argument("--unparsed", choices=("drop", "tie"), default="drop", help="rows with score -1")
-    g.add_argument(
-        "--orders", choices=("separate", "average"), default="separate", help="presentation orders"
-    )
-    g.add_argument(
-        "--loose", action="store_true", help="re-read unparsed rows loosely (not the paper's rule)"
-    )
+    g.add_argument("--orders", choices=("separate", "average"), default="separate", help="presentation orders")
+    g.add_argument("--loose", action="store_true", help="re-read unparsed rows loosely (not the paper's rule)")
 
 
 def settings_of(args: argparse.Namespace) -> elo.EloSettings:
-    given = {
-        key: getattr(args, key) for key in ("k", "start", "base", "scale") if getattr(args, key) is not None
-    }
+    given = {key: getattr(args, key) for key in ("k", "start", "base", "scale") if getattr(args, key) is not None}
     return replace(elo.PRESETS[args.preset], **given)
 
 
@@ -104,26 +98,16 @@ def _result(
     tables = [_ratings_table(matches, result, model), _labels_table(ratings), _bias_table(ratings)]
     net = net_table(ratings.votes)
     tables.append(
-        Table(
-            "net wins", ["pair", "wins", "losses", "ties", "net"], [[k, *v.values()] for k, v in net.items()]
-        )
+        Table("net wins", ["pair", "wins", "losses", "ties", "net"], [[k, *v.values()] for k, v in net.items()])
     )
-    if (
-        args.preset == "paper-vicuna"
-        and ratings.kind == "judge"
-        and set(matches.names) == set(paper.TABLE1_ELO)
-    ):
+    if args.preset == "paper-vicuna" and ratings.kind == "judge" and set(matches.names) == set(paper.TABLE1_ELO):
         tables.append(_paper_table(result))
     return Result("Tournament", settings, tables, notes)
 
 
-def _ratings_table(
-    matches: Matches, result: elo.EloResult, model: bradley_terry.BradleyTerry | None
-) -> Table:
+def _ratings_table(matches: Matches, result: elo.EloResult, model: bradley_terry.BradleyTerry | None) -> Table:
     once = elo.replay(matches, result.settings)
-    played = np.bincount(matches.a, minlength=len(matches.names)) + np.bincount(
-        matches.b, minlength=len(matches.names)
-    )
+    played = np.bincount(matches.a, minlength=len(matches.names)) + np.bincount(matches.b, minlength=len(matches.names))
     columns = ["system", "matches", "elo", "sd", "se", "file order", "bradley-terry", "low 95", "high 95"]
     rows = []
     for i in np.argsort(-result.mean, kind="stable"):
@@ -136,15 +120,11 @@ def _ratings_table(
 def _labels_table(ratings: Ratings) -> Table:
     names = {1: "first shown wins", 2: "second shown wins", 3: "tie", -1: "unparsed"}
     what = "annotations" if ratings.kind == "human" else "rows"
-    return Table(
-        "labels", ["label", "meaning", what], [[k, names[k], ratings.label_counts[k]] for k in names]
-    )
+    return Table("labels", ["label", "meaning", what], [[k, names[k], ratings.label_counts[k]] for k in names])
 
 
 def _bias_table(ratings: Ratings) -> Table:
-    return Table(
-        "order bias", ["statistic", "value"], [list(kv) for kv in asdict(order_bias(ratings.votes)).items()]
-    )
+    return Table("order bias", ["statistic", "value"], [list(kv) for kv in asdict(order_bias(ratings.votes)).items()])
 
 
 def _paper_table(result: elo.EloResult) -> Table:

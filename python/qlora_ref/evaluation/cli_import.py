@@ -14,20 +14,12 @@ def main(argv: list[str]) -> int:
     p = parser("import-csv", "Columns: a, b, question_id or message_id, annotator, score (1 a, 2 b, 3 tie).")
     p.add_argument("file")
     p.add_argument("--out", required=True, metavar="FILE", help="where to write the .jsonl")
-    p.add_argument(
-        "--column", action="append", default=[], metavar="KEY=COLUMN", help="score=Verdict, a=Left, ..."
-    )
-    p.add_argument(
-        "--label", action="append", default=[], metavar="TEXT=1|2|3", help="left=1, right=2, same=3, ..."
-    )
-    p.add_argument(
-        "--raters", type=positive_int, default=3, metavar="N", help="annotations per item (default 3)"
-    )
+    p.add_argument("--column", action="append", default=[], metavar="KEY=COLUMN", help="score=Verdict, a=Left, ...")
+    p.add_argument("--label", action="append", default=[], metavar="TEXT=1|2|3", help="left=1, right=2, same=3, ...")
+    p.add_argument("--raters", type=positive_int, default=3, metavar="N", help="annotations per item (default 3)")
     args = p.parse_args(argv)
     columns = _pairs(args.column, "--column")
-    labels = {
-        text: int(value) for text, value in _pairs(args.label, "--label").items() if value in ("1", "2", "3")
-    }
+    labels = {text: int(value) for text, value in _pairs(args.label, "--label").items() if value in ("1", "2", "3")}
     if unknown := set(columns) - set(_KEYS):
         raise BadInput(f"--column: no key {', '.join(sorted(unknown))}; the keys are {', '.join(_KEYS)}.")
     rows = [_renamed(row, columns, labels) for row in read_rows(args.file)]

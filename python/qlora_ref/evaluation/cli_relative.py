@@ -8,19 +8,11 @@ from .report_tables import Result, Table
 
 
 def main(argv: list[str]) -> int:
-    p = parser(
-        "relative", "Scores in percent of a baseline system, both presentation orders, 95 % intervals."
-    )
+    p = parser("relative", "Scores in percent of a baseline system, both presentation orders, 95 % intervals.")
     p.add_argument("file", help="relative scores: .jsonl or .csv, plain or .gz")
-    p.add_argument(
-        "--baseline", default="chatgpt", metavar="SYSTEM", help="the 100 %% system (default chatgpt)"
-    )
-    p.add_argument(
-        "--interval", choices=("paper", "paired"), default="paper", help="paper's rule, or delta method"
-    )
-    p.add_argument(
-        "--baseline-answers", metavar="FILE", help="answers with answer_id: derive who was shown first"
-    )
+    p.add_argument("--baseline", default="chatgpt", metavar="SYSTEM", help="the 100 %% system (default chatgpt)")
+    p.add_argument("--interval", choices=("paper", "paired"), default="paper", help="paper's rule, or delta method")
+    p.add_argument("--baseline-answers", metavar="FILE", help="answers with answer_id: derive who was shown first")
     p.add_argument("--plot", metavar="FILE", help="also draw the means with intervals (.svg, .png, .pdf)")
     add_bad_rows(p)
     add_output(p)
@@ -45,9 +37,7 @@ def relative_result(table: RelativeTable, interval: str = "paper") -> Result:
     cells = paper.compare_table6(table) if base == "chatgpt" else []
     if cells:
         missed = [cell for cell in cells if not cell["matches"]]
-        notes.append(
-            f"{len(cells) - len(missed)} of {len(cells)} cells of the paper's Table 6 to the printed digit"
-        )
+        notes.append(f"{len(cells) - len(missed)} of {len(cells)} cells of the paper's Table 6 to the printed digit")
         tables.append(
             Table(
                 "cells that differ from the paper",

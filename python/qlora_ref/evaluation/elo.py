@@ -99,9 +99,7 @@ def mean_over_all_orderings(matches: Matches, settings: EloSettings = EloSetting
     """The exact mean over every ordering; for at most 8 matches. The SE is zero."""
     _require_matches(matches)
     if len(matches) > _ALL_ORDERINGS_LIMIT:
-        raise ValueError(
-            f"{len(matches)} matches have too many orderings; at most {_ALL_ORDERINGS_LIMIT} matches."
-        )
+        raise ValueError(f"{len(matches)} matches have too many orderings; at most {_ALL_ORDERINGS_LIMIT} matches.")
     every = np.array(list(itertools.permutations(range(len(matches)))))
     return _summarise(matches, settings, iter([every]), None)
 

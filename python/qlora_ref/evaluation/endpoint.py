@@ -67,13 +67,17 @@ class Endpoint:
     ):
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"base URL {base_url!r}: expected http(s)://host[:port]/path, such as http://localhost:8000/v1.")
+            raise ValueError(
+                f"base URL {base_url!r}: expected http(s)://host[:port]/path, such as http://localhost:8000/v1."
+            )
         if parts.username or parts.password or parts.query:
             raise ValueError("the base URL must hold no user name, password or query; give the key by --key-env.")
         self._key = _key_from(key_env)
         local = parts.hostname in ("localhost", "127.0.0.1", "::1")
         if self._key and parts.scheme == "http" and not local:
-            raise ValueError(f"the key would travel to {parts.hostname} unencrypted; use https, or leave out --key-env.")
+            raise ValueError(
+                f"the key would travel to {parts.hostname} unencrypted; use https, or leave out --key-env."
+            )
         self._parts, self._path = parts, parts.path.rstrip("/") + "/chat/completions"
         self.model, self.timeout, self.retries, self.pause, self._sleep = model, timeout, retries, pause, sleep
 
@@ -119,7 +123,9 @@ class Endpoint:
         port, host = self._parts.port, str(self._parts.hostname)
         if self._parts.scheme == "https":
             context = ssl.create_default_context()
-            link: http.client.HTTPConnection = http.client.HTTPSConnection(host, port, timeout=self.timeout, context=context)
+            link: http.client.HTTPConnection = http.client.HTTPSConnection(
+                host, port, timeout=self.timeout, context=context
+            )
         else:
             link = http.client.HTTPConnection(host, port, timeout=self.timeout)
         headers = {"Content-Type": "application/json", "Accept": "application/json"}

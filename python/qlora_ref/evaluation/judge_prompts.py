@@ -124,7 +124,9 @@ def prompt_id(kind: str, category: str | None) -> int:
     return GENERAL if kind == "oa-threeclass" else _BY_CATEGORY.get(category or "", GENERAL)
 
 
-def judge_messages(kind: str, category: str | None, question: str, answer_1: str, answer_2: str) -> list[dict[str, str]]:
+def judge_messages(
+    kind: str, category: str | None, question: str, answer_1: str, answer_2: str
+) -> list[dict[str, str]]:
     """The chat messages that ask for one verdict; `answer_1` is the answer shown first."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}.")

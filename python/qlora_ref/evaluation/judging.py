@@ -60,9 +60,7 @@ def make_jobs(
     if kind == "relative" and baseline not in systems:
         raise BadInput(f"the baseline {baseline!r} has no answers; add --answers {baseline}=FILE or name another.")
     pairs = [p for p in itertools.permutations(systems, 2) if kind != "relative" or baseline in p]
-    return [
-        Job(a, b, questions[item], systems[a][item], systems[b][item], kind) for a, b in pairs for item in items
-    ]
+    return [Job(a, b, questions[item], systems[a][item], systems[b][item], kind) for a, b in pairs for item in items]
 
 
 def row_key(row: dict[str, Any], baseline: str | None = None) -> tuple:
@@ -99,7 +97,11 @@ class Estimate:
     max_cost: float
 
     def __str__(self) -> str:
-        cost = "cost unknown (no --price-in, --price-out)" if math.isnan(self.max_cost) else f"at most ${self.max_cost:.2f}"
+        cost = (
+            "cost unknown (no --price-in, --price-out)"
+            if math.isnan(self.max_cost)
+            else f"at most ${self.max_cost:.2f}"
+        )
         return (
             f"{self.calls:,} calls; {self.prompt_tokens:,} prompt tokens ({self.how}); at most "
             f"{self.max_completion_tokens:,} completion tokens; {cost}"

@@ -31,12 +31,14 @@ class Ledger:
 
     def __enter__(self) -> "Ledger":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (closed by __exit__)
+        self._file = open(self.path, "a+b", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
-            raise BadInput(f"{self.path}: another process is writing it; wait for it, or choose another --out.") from None
+            raise BadInput(
+                f"{self.path}: another process is writing it; wait for it, or choose another --out."
+            ) from None
         try:
             self._load()
             self._check_settings()
@@ -70,8 +72,8 @@ class Ledger:
         differ = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
         if differ and self.rows:
             raise BadInput(
-                f"{self.path} was begun with other settings ({', '.join(differ)} differ); resume with the same ones, or "
-                "choose another --out."
+                f"{self.path} was begun with other settings ({', '.join(differ)} differ); resume with the same ones, "
+                "or choose another --out."
             )
         if differ:
             write_text(beside, json.dumps(mine, indent=1, ensure_ascii=False) + "\n")

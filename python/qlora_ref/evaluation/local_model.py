@@ -61,5 +61,14 @@ def load_model(
 def max_positions(model: Any) -> int | None:
     """How many tokens the model was made for, or None when its config does not say."""
     config = model.config
-    limit = next((getattr(config, k, None) for k in ("max_position_embeddings", "n_positions") if hasattr(config, k)), None)
+    limit = next(
+        (getattr(config, k, None) for k in ("max_position_embeddings", "n_positions") if hasattr(config, k)), None
+    )
     return int(limit) if limit else None
+
+
+def _quantization(kind: str) -> dict[str, Any]:
+    """Arguments for `from_pretrained` that load the linear layers in 4 bits with double quantization."""
+    from ..hf import QLoraConfig
+
+    return {"quantization_config": QLoraConfig(quant_type=kind)}

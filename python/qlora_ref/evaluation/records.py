@@ -114,9 +114,7 @@ def _csv_rows(path: Path, text: str) -> Iterable[dict[str, Any]]:
         for row in reader:
             where = f"{path.name}:{reader.line_num}"
             if None in row or None in row.values():
-                raise BadInput(
-                    f"{where}: {len(reader.fieldnames or [])} columns were announced, this row differs."
-                )
+                raise BadInput(f"{where}: {len(reader.fieldnames or [])} columns were announced, this row differs.")
             yield {key.strip(): _number_or_text(value) for key, value in row.items()} | {"_where": where}
     except csv.Error as error:
         raise BadInput(f"{path.name}:{reader.line_num}: not CSV ({error}).") from None
@@ -143,9 +141,7 @@ def item_of(row: dict[str, Any]) -> int | str:
     present = [key for key in ("question_id", "message_id") if row.get(key) is not None]
     if len(present) != 1:
         found = " and ".join(present) or "neither"
-        raise BadInput(
-            f"{row['_where']}: a row needs either question_id or message_id, this one has {found}."
-        )
+        raise BadInput(f"{row['_where']}: a row needs either question_id or message_id, this one has {found}.")
     item = row[present[0]]
     wanted = int if present[0] == "question_id" else str
     if not isinstance(item, wanted) or isinstance(item, bool) or item == "":
@@ -204,9 +200,7 @@ def _without_duplicates(rows: list[dict[str, Any]], key_of: Callable, found: Not
         extra = group[1:] if agree else group
         if agree:
             kept.append(group[0])
-        kind = (
-            "duplicate id, same score (first kept)" if agree else "duplicate id, different scores (none kept)"
-        )
+        kind = "duplicate id, same score (first kept)" if agree else "duplicate id, different scores (none kept)"
         for row in extra:
             found.add(kind, f"{row['_where']} {key}")
     return kept

@@ -113,15 +113,11 @@ def _shown_first(row: dict[str, Any], baseline: str, baseline_ids: Collection[st
         )
     if baseline_ids is None:
         if stored is None:
-            raise BadInput(
-                f"{row['_where']}: no key first; give the baseline's answers with --baseline-answers."
-            )
+            raise BadInput(f"{row['_where']}: no key first; give the baseline's answers with --baseline-answers.")
         return stored
     is_baseline = [row.get(key) in baseline_ids for key in ("answer1_id", "answer2_id")]
     if sum(is_baseline) != 1:
-        raise BadInput(
-            f"{row['_where']}: exactly one of answer1_id, answer2_id must be an answer of {baseline}."
-        )
+        raise BadInput(f"{row['_where']}: exactly one of answer1_id, answer2_id must be an answer of {baseline}.")
     derived = baseline if is_baseline[0] else row["system"]
     if stored not in (None, derived):
         raise BadInput(f"{row['_where']}: first says {stored!r}, the answer ids say {derived!r}.")
@@ -204,8 +200,6 @@ def _name_missing(system: str, seen: dict, orders: dict, baseline: str, notes: N
     """Counts what the average does not see: missing halves, questions without a valid order."""
     for item, firsts in seen.items():
         for first in {baseline, system} - firsts:
-            notes.add(
-                "missing half (the question counts with its other order)", f"{system} {item}, {first} first"
-            )
+            notes.add("missing half (the question counts with its other order)", f"{system} {item}, {first} first")
         if not any(item in order for order in orders.values()):
             notes.add("question dropped, no valid order", f"{system} {item}")

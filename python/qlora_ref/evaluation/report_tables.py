@@ -58,9 +58,7 @@ def _as_dict(result: Result, tables: list[Table]) -> dict[str, Any]:
     return {
         "title": result.title,
         "settings": {key: _plain(value) for key, value in result.settings.items()},
-        "tables": {
-            t.name: [dict(zip(t.columns, map(_plain, row), strict=True)) for row in t.rows] for t in tables
-        },
+        "tables": {t.name: [dict(zip(t.columns, map(_plain, row), strict=True)) for row in t.rows] for t in tables},
         "notes": result.notes,
     }
 
@@ -85,21 +83,14 @@ def _as_text(result: Result, tables: list[Table]) -> str:
 
 def _aligned(table: Table) -> list[str]:
     cells = [table.columns] + [
-        [
-            _shown(value, table.decimals.get(column, 2))
-            for column, value in zip(table.columns, row, strict=True)
-        ]
+        [_shown(value, table.decimals.get(column, 2)) for column, value in zip(table.columns, row, strict=True)]
         for row in table.rows
     ]
     widths = [max(len(row[i]) for row in cells) for i in range(len(table.columns))]
-    left = [
-        all(isinstance(row[i], str) for row in table.rows) and bool(table.rows)
-        for i in range(len(table.columns))
-    ]
+    left = [all(isinstance(row[i], str) for row in table.rows) and bool(table.rows) for i in range(len(table.columns))]
     return [
         "  ".join(
-            cell.ljust(w) if is_left else cell.rjust(w)
-            for cell, w, is_left in zip(row, widths, left, strict=True)
+            cell.ljust(w) if is_left else cell.rjust(w) for cell, w, is_left in zip(row, widths, left, strict=True)
         ).rstrip()
         for row in cells
     ]
@@ -112,11 +103,7 @@ def _shown(value: Any, decimals: int) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return (
-        f"{value:.{decimals}f}"
-        if isinstance(value, float)
-        else f"{value:,}"
-        if isinstance(value, int)
-        else str(value)
+        f"{value:.{decimals}f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
     )
 
 

@@ -168,9 +168,7 @@ def _name_missing_halves(votes: list[Vote], notes: Notes) -> None:
     seen = {(v.a, v.b, v.item) for v in votes}
     for v in votes:
         if (v.b, v.a, v.item) not in seen:
-            notes.add(
-                "judged in one presentation order only (its match is used)", f"{v.a} first, {v.b}, {v.item}"
-            )
+            notes.add("judged in one presentation order only (its match is used)", f"{v.a} first, {v.b}, {v.item}")
 
 
 def to_matches(votes: list[Vote], ties: str = "half", unparsed: str = "drop") -> Matches:
