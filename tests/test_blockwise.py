@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from qlora_ref.reference.blockwise import BLOCK_SIZES, dequantize_blockwise, quantize_blockwise
 from qlora_ref.reference.codebook import NAMES, get_codebook
 from qlora_ref.reference.packing import unpack
+from qlora_ref.testing.cases import DATA
 from qlora_ref.testing.compare import assert_bits_equal
 from qlora_ref.testing.quality import expected_error
 
@@ -112,11 +114,22 @@ def test_negative_zero_becomes_zero():
     assert_bits_equal(round_trip(x)[1], torch.tensor(0.0))
 
 
-@pytest.mark.parametrize("magnitude", [2.0**126, 2.0**127, 3.4e38])
-def test_huge_blocks_divide(magnitude):
-    """Above 2^126 the reciprocal is subnormal; division keeps the codes right."""
-    s = torch.linspace(-1, 1, 64)
-    assert codes_of(s * magnitude) == codes_of(s)
+def codes_by_hand(x, rule):
+    """The rule again, independently, in numpy float32: blocks of 32, one scalar operation at a time."""
+    x, thresholds = x.numpy(), NF4.thresholds.numpy()
+    absmax = np.abs(x.reshape(-1, 32)).max(1).repeat(32)
+    s = x / absmax if rule == "divide" else x * (np.float32(1) / absmax)
+    return (thresholds < s[:, None]).sum(1).tolist()
+
+
+@pytest.mark.parametrize("data,rule,other", [("knife_edge", "invert", "divide"), ("huge_knife_edge", "divide", "invert")])
+def test_reciprocal_or_division(data, rule, other):
+    """s = x * (1/absmax), but x / absmax above 2^126: on data where the two rules give different codes."""
+    x = DATA[data](32 * 4000, torch.Generator().manual_seed(0))
+    assert (x.abs().max() > 2.0**126) == (data == "huge_knife_edge")
+    expected = codes_by_hand(x, rule)
+    assert expected != codes_by_hand(x, other), "the data does not tell the two rules apart"
+    assert codes_of(x, block_size=32) == expected
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -126,6 +139,7 @@ def test_non_finite_is_refused_or_poisons_its_block(bad):
     with pytest.raises(ValueError, match="1 of 130 weights are NaN or Inf"):
         quantize_blockwise(x, NF4)
     y = round_trip(x, check_finite=False)
+    assert set(codes_of(x, check_finite=False)[64:128]) == {0}  # nothing is strictly below NaN
     assert y[64:128].isnan().all() and y[:64].isfinite().all() and y[128:].isfinite().all()
 
 

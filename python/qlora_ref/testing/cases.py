@@ -46,6 +46,17 @@ def _ties(x, generator):
     return _fill(x, 1.0, step=32)
 
 
+def _knife_edge(x, generator):
+    """Values within an ulp or two of threshold * absmax: x / absmax and x * (1 / absmax) often get different codes."""
+    thresholds = get_codebook("nf4").thresholds
+    n = x.numel()
+    absmax = torch.rand(-(-n // 32), generator=generator) + 1
+    x = thresholds[torch.randint(15, (n,), generator=generator)] * absmax.repeat_interleave(32)[:n]
+    x = x * (1 + torch.randint(-2, 3, (n,), generator=generator) * 2.0**-23)
+    x[::32] = absmax
+    return x
+
+
 # name -> function(n, generator) giving (n,) f32; what numerics rule it is about
 DATA = {
     "normal": _normal,
@@ -54,6 +65,8 @@ DATA = {
     "zero_blocks": _with(lambda x, g: _fill(x.clone(), 0.0, x.numel() // 2)),
     "outlier": _with(lambda x, g: _fill(x, 1e4, step=777)),
     "ties": _with(_ties),
+    "knife_edge": _with(_knife_edge),
+    "huge_knife_edge": _with(lambda x, g: _knife_edge(x, g) * 2.0**126),
     "subnormal": _with(lambda x, g: x * 1e-39),
     "near_zero_block": _with(lambda x, g: x * 2.0**-126),
     "huge": _with(lambda x, g: x.clamp(-3.9, 3.9) * 2.0**125),
@@ -93,8 +106,8 @@ def hash_seed(text: str) -> int:
 
 def _tensor(generator, n, data="normal", dtype="f32") -> torch.Tensor:
     x = DATA[data](n, generator)
-    if dtype == "f16" and data == "huge":
-        x = x * 2.0**-111  # the largest that fp16 holds
+    if dtype == "f16" and data.startswith("huge"):
+        x = x * 2.0**-112  # the largest that fp16 holds
     return x.to(DTYPES[dtype])
 
 
@@ -180,6 +193,7 @@ def _quantize_cases():
     rows = [dict(n=n, dtype=d) for n in SIZES for d in DTYPES]
     rows += [dict(n=4113, data=data, dtype=d) for data in DATA for d in DTYPES if data != "normal"]
     rows += [dict(n=4113, data=data, quant_type=q) for q in NAMES for data in ("normal", "ties", "plus_minus_max")]
+    rows += [dict(n=9001, data=data, block=32) for data in ("knife_edge", "huge_knife_edge")]
     rows += [dict(n=9001, block=2**b, dtype=d) for b in range(5, 13) for d in ("f32", "bf16")]
     rows += [dict(n=1111, layout=layout, dtype=d) for layout in ("strided", "transposed", "offset") for d in DTYPES]
     return _grid("quantize_4bit", EXACT, *rows)
