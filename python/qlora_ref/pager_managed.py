@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .pager_stores import Lane, make_lanes
+from .pager_stores import CudaLane, Lane, make_lanes
 from .reference.paging import Move, PagingStats
 
 _ATTACH_GLOBAL, _PREFERRED_LOCATION, _CONCURRENT_MANAGED_ACCESS = 1, 3, 89  # cuda.h
@@ -90,45 +90,29 @@ class Driver:
 
 
 class Managed:
-    """The store over one managed allocation. Page k lies at its place k from beginning to end: slots have no
-    meaning.
-
-    `driver`, `lanes`, `free_bytes` and `view` are replaced in tests that run without a card.
-    """
+    """The store over one managed allocation. Page k lies at its place k for good: slots have no meaning here."""
 
     flush_evicts = True  # reading on the host moves pages there, so a flush leaves nothing on the device
 
-    def __init__(
-        self,
-        page_bytes: int,
-        n_pages: int,
-        pool_pages: int,
-        device: torch.device,
-        driver: Driver | None = None,
-        lanes: tuple[Lane, Lane, Lane] | None = None,
-        free_bytes: Callable[[], int] | None = None,
-        view: Callable[[int, int], torch.Tensor] | None = None,
-    ) -> None:
-        self.driver = driver or Driver()
+    def __init__(self, page_bytes: int, n_pages: int, pool_pages: int, device: torch.device) -> None:
+        self.driver, self.index = Driver(), device.index or 0  # a CUDA tensor's device always has an index
         self.page_bytes, self.pool_pages, self.device = page_bytes, min(pool_pages, n_pages), device
-        self.index = torch.cuda.current_device() if device.index is None and lanes is None else device.index or 0
         if not sys.platform.startswith("linux") or not self.driver.concurrent_access(self.index):
             raise RuntimeError(
                 f"device {self.index} cannot share managed memory with the host while it runs "
                 "(concurrentManagedAccess is 0, as on Windows, WSL and Jetson); use paging='pinned'"
             )
-        self.main, self.inwards, self.outwards = lanes or make_lanes(device)
-        self._free_bytes = free_bytes or (lambda: torch.cuda.mem_get_info(device)[0])
-        self.host_bytes = nbytes = page_bytes * n_pages
+        self.main, self.inwards, self.outwards = make_lanes(device)
         self.stats, self.resident, self.done = PagingStats(), 0, None
-        self._refuse_more_than_free(nbytes)  # even all at once it would fit
+        self.host_bytes = nbytes = page_bytes * n_pages
+        self._refuse_more_than_free(nbytes)  # it must fit even if all of it came to the device
         self.address = self.driver.allocate(nbytes)
         weakref.finalize(self, _free, self.driver, self.address, device).atexit = False
         if self.pool_pages == n_pages:
             self.driver.prefer(self.address, nbytes, self.index)
         host = torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(self.address), dtype=torch.uint8)
         self.host_pages = host.zero_().view(n_pages, page_bytes)
-        self.device_pages = (view or _device_view)(self.address, nbytes).view(n_pages, page_bytes)
+        self.device_pages = _device_view(self.address, nbytes, device).view(n_pages, page_bytes)
 
     @property
     def device_bytes(self) -> int:
@@ -140,7 +124,7 @@ class Managed:
             self._refuse_more_than_free((self.pool_pages - self.resident) * self.page_bytes)
 
     def _refuse_more_than_free(self, nbytes: int) -> None:
-        free = self._free_bytes()
+        free = _free_bytes(self.device)
         if nbytes > free:
             raise RuntimeError(
                 f"{nbytes} bytes of managed memory are more than the {free} free on device {self.index}: the "
@@ -192,9 +176,13 @@ class Managed:
         self.stats.bytes_to_host += self.page_bytes
 
     def _prefetch(self, lane: Lane, page: int, device: int | None) -> None:
-        stream = getattr(getattr(lane, "stream", None), "cuda_stream", 0)
+        stream = lane.stream.cuda_stream if isinstance(lane, CudaLane) else 0
         address = self.address + page * self.page_bytes
         lane.run(lambda: self.driver.prefetch(address, self.page_bytes, device, stream))
+
+
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def _free(driver: Driver, address: int, device: torch.device) -> None:
@@ -203,15 +191,10 @@ def _free(driver: Driver, address: int, device: torch.device) -> None:
     driver.free(address)
 
 
-def _device_view(address: int, nbytes: int) -> torch.Tensor:
+def _device_view(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
     """A CUDA tensor over managed memory. It does not own it: the store does."""
 
     class Array:
-        __cuda_array_interface__ = {
-            "shape": (nbytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 3,
-        }
+        __cuda_array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 3}
 
-    return torch.as_tensor(Array(), device="cuda")
+    return torch.as_tensor(Array(), device=device)
