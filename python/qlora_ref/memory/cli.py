@@ -42,6 +42,9 @@ def parser() -> Parser:
     margin.add_argument(
         "--fragmentation", type=float, default=Margin().fragmentation, help="share of the tensors (%(default)s)"
     )
+    margin.add_argument(
+        "--decoded-mib", type=int, default=Margin().decoded >> 20, help="decoded weights kept on CUDA (%(default)s)"
+    )
     out = p.add_argument_group("output")
     out.add_argument("--compare", choices=("trace", "measure"), help="also trace on meta tensors, or run on --device")
     out.add_argument("--device", default="cuda", help="device of --compare measure: cuda or cpu (%(default)s)")
@@ -106,9 +109,9 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def margin_of(args: argparse.Namespace) -> Margin:
-    if args.context_mib < 0 or args.fragmentation < 0:
-        raise ConfigError("--context-mib and --fragmentation cannot be negative.")
-    return Margin(args.context_mib << 20, args.fragmentation)
+    if min(args.context_mib, args.decoded_mib, args.fragmentation) < 0:
+        raise ConfigError("--context-mib, --decoded-mib and --fragmentation cannot be negative.")
+    return Margin(args.context_mib << 20, args.fragmentation, args.decoded_mib << 20)
 
 
 def load(name: str) -> tuple[dict, Architecture]:

@@ -29,17 +29,16 @@ def compare_trace(config: dict, result: Estimate) -> str:
 
 def compare_measure(config: dict, result: Estimate, device: str) -> str:
     """Estimate and measurement on a real device."""
-    from .measure import measure
+    from .measure import STEPS, measure
 
     measured = measure(config, result.architecture, result.settings, device)
-    rows = _category_rows(result.categories, measured.trace.categories) if measured.trace else []
-    lines = [f"{result.architecture.name}: closed form against {measured.device}, three training steps"]
-    if rows:
-        lines.append(table(rows, ["at the peak", "estimate, GB", "counted, GB", "difference, MB"], "lrrr"))
-    readings = [[name, *_pair(expected, size), f"{100 * (expected / size - 1):+.2f} %"]
-                for name, size, expected in measured.readings(result)]  # fmt: skip
-    lines.append(table(readings, ["reading", "estimate, GB", "measured, GB", "difference, MB", "error"], "lrrrr"))
-    return "\n\n".join(lines)
+    rows = [
+        [name, *_pair(expected, size), f"{100 * (expected / size - 1):+.2f} %"]
+        for name, size, expected in measured.readings(result)
+    ]
+    title = f"{result.architecture.name}: closed form against {measured.device}, {STEPS} training steps"
+    headers = ["reading", "estimate, GB", "measured, GB", "difference, MB", "error"]
+    return "\n\n".join([title, table(rows, headers, "lrrrr"), *measured.notes])
 
 
 def _category_rows(expected: Counter, found: Counter) -> list[list[str]]:

@@ -17,20 +17,25 @@ from .architecture import Architecture, blocks
 from .settings import BYTES, PAGE_BYTES, Settings
 
 FP32 = 4
+DECODED_BYTES = 512 * 2**20  # cuda_linear.SCRATCH_BYTES
 GRANULE = 512  # bytes: the CUDA caching allocator rounds every request up to this
 ALIGNMENT = 256  # elements: where a tensor may start in a page of 32-bit states
 
 
 @dataclass(frozen=True)
 class Margin:
-    """What is on the card besides tensors: `context` bytes once, `fragmentation` as a share of the tensors.
+    """What is on the card besides the tensors of the module graph.
 
-    Assumed, not measured: 0.8 GiB for CUDA context, cuBLAS and attention workspaces; 3 % for blocks that the caching
+    context: bytes, once. fragmentation: share of the tensors. decoded: budget in bytes of the dequantized weights that
+    the CUDA path keeps between a layer's recomputation and its backward (cuda_linear.Scratch).
+
+    The first two are assumed, not measured: 0.8 GiB for CUDA context, cuBLAS and attention workspaces; 3 % for blocks that the caching
     allocator reserves but cannot use (`expandable_segments`). `qlora-ref estimate --compare measure` measures both.
     """
 
     context: int = int(0.8 * 2**30)
     fragmentation: float = 0.03
+    decoded: int = DECODED_BYTES
 
 
 @dataclass(frozen=True)
@@ -70,9 +75,17 @@ class Estimate:
         return self.static + self.phases[self.peak_phase]
 
     @property
+    def kept(self) -> int:
+        """Decoded weights that the CUDA path keeps, beyond the one that the peak counts already."""
+        if not self.settings.quantized:
+            return 0
+        decoded = self.settings.product_bytes * self.architecture.quantizable_parameters()
+        return max(0, min(self.margin.decoded, decoded) - self.phases[self.peak_phase][row.SCRATCH])
+
+    @property
     def needed(self) -> int:
-        """What the card must have: tensors, fragmentation, context."""
-        return int(self.allocated * (1 + self.margin.fragmentation)) + self.margin.context
+        """What the card must have: tensors, kept decoded weights, fragmentation, context."""
+        return int((self.allocated + self.kept) * (1 + self.margin.fragmentation)) + self.margin.context
 
 
 def estimate(architecture: Architecture, settings: Settings, margin: Margin | None = None) -> Estimate:

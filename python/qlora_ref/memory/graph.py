@@ -65,6 +65,47 @@ def register_attention() -> None:
     AttentionMaskInterface.register(EAGER, lambda *args, **kwargs: None)
 
 
+def materialize(model: nn.Module, device: str, seed: int = 0) -> None:
+    """Give a meta model random weights on `device`, tensor by tensor: a 65B model in 4 bits never exists in 16.
+
+    Packed bytes are uniform, statistics those of small weights, norms one, biases and lora_B zero.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, meta in list(model.named_parameters()):
+        leaf = name.rpartition(".")[2]
+        data = torch.empty(meta.shape, dtype=meta.dtype, device=device)
+        _randomize(leaf, data, generator)
+        _set_everywhere(model, meta, nn.Parameter(data, requires_grad=meta.requires_grad))
+    for name, module in list(model.named_modules()):
+        if any(buffer.device.type == "meta" for buffer in module._buffers.values()):
+            if not name.endswith("rotary_emb"):
+                raise ValueError(f"{name} has buffers that only its checkpoint can fill; this model cannot be measured.")
+            parent, _, leaf = name.rpartition(".")
+            with torch.device(device):
+                setattr(model.get_submodule(parent), leaf, type(module)(config=module.config))
+
+
+def _randomize(leaf: str, data: torch.Tensor, generator: torch.Generator) -> None:
+    if leaf in ("absmax", "nested_absmax", "absmax_mean"):
+        data.view(-1).view(torch.float32).fill_(0.05)
+    elif data.dtype == torch.uint8:
+        data.random_(0, 256, generator=generator)
+    elif leaf in ("lora_B", "bias"):
+        data.zero_()
+    elif data.dim() == 1:
+        data.fill_(1)
+    else:
+        data.normal_(0, 0.02, generator=generator)
+
+
+def _set_everywhere(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Put `new` wherever `old` is registered (a tied weight is registered twice)."""
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is old:
+                module._parameters[leaf] = new
+
+
 def build(
     config: dict, architecture: Architecture, settings: Settings, device: str = "meta", attention: str = ""
 ) -> Graph:
@@ -91,9 +132,10 @@ def _load(config: dict, architecture: Architecture, settings: Settings, device: 
     dtype = DTYPES[settings.weights if settings.weights in DTYPES else settings.compute_dtype]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf, dtype=dtype, attn_implementation=attention)
+    model = _train(model, architecture, settings)
     if device != "meta":
-        raise NotImplementedError
-    return _train(model, architecture, settings)
+        materialize(model, device)
+    return model
 
 
 def _train(model: nn.Module, architecture: Architecture, settings: Settings) -> nn.Module:

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tabulate import tabulate
@@ -16,6 +16,7 @@ from .settings import PAPER, PEFT, Settings, flags, preset
 
 GB, GIB = 1e9, 2**30
 SCHEMA = "qlora_ref.memory/1"
+KEPT = "decoded weights kept (CUDA path)"
 FRAGMENTATION, CONTEXT = "fragmentation (assumed)", "CUDA context, workspaces (assumed)"
 
 
@@ -54,7 +55,9 @@ def category_table(result: Estimate) -> str:
         if categories[name]
     ]
     rows.append(["= peak of tensors", *both(result.allocated), f"{100 * result.allocated / result.needed:.1f} %"])
-    extra = result.needed - result.allocated - result.margin.context
+    if result.kept:
+        rows.append([KEPT, *both(result.kept), f"{100 * result.kept / result.needed:.1f} %"])
+    extra = result.needed - result.allocated - result.kept - result.margin.context
     rows.append([FRAGMENTATION, *both(extra), f"{100 * extra / result.needed:.1f} %"])
     rows.append([CONTEXT, *both(result.margin.context), f"{100 * result.margin.context / result.needed:.1f} %"])
     rows.append(["= needed on the card", *both(result.needed), "100 %"])
@@ -88,7 +91,7 @@ def presets(result: Estimate) -> list[tuple[str, Estimate]]:
     s = result.settings
     return [
         ("the paper's", estimate(result.architecture, preset(PAPER, s), result.margin)),
-        ("PEFT's defaults", estimate(result.architecture, preset(PEFT, s), result.margin)),
+        ("PEFT's defaults", estimate(result.architecture, preset(PEFT, s), replace(result.margin, decoded=0))),
         ("as asked", result),
     ]
 
@@ -170,6 +173,7 @@ def facts(result: Estimate) -> dict:
         "peak_phase": result.peak_phase,
         "runner_up": result.ranking[1],
         "allocated": result.allocated,
+        "kept": result.kept,
         "needed": result.needed,
         "host": result.host,
         "margin": asdict(result.margin),
