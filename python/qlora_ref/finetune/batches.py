@@ -1,4 +1,4 @@
-"""Which examples make which step: a pure function of the seed, so a resumed run sees the same data without a saved state.
+"""Which examples make which step: a pure function of the seed, so a resumed run needs no saved state to go on.
 
 An epoch is a list of optimizer steps; a step a list of micro-batches; a micro-batch a list of rows; a row a list of
 example numbers (one, unless packed).
@@ -23,7 +23,7 @@ def _shuffled(n: int, *seeds: int) -> list[int]:
 
 
 def split(n: int, eval_size: float, seed: int) -> tuple[list[int], list[int]]:
-    """(training, held-out) example numbers; `eval_size` is a fraction below 1 or a count; at least one stays to train."""
+    """(training, held-out) example numbers; `eval_size` is a fraction below 1 or a count; at least one stays."""
     held = round(n * eval_size) if eval_size < 1 else int(eval_size)
     held = min(max(held, 1 if eval_size > 0 else 0), n - 1)
     order = _shuffled(n, seed, 1)

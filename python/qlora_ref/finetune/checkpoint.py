@@ -114,7 +114,7 @@ def _sync(folder: Path) -> None:
 
 
 def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Fill model and optimizer, return the progress. AdapterError if a file is missing or its sha256 is not the saved one."""
+    """Fill model and optimizer, return the progress. AdapterError if a file is not the one saved."""
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         for name, digest in state["sha256"].items():

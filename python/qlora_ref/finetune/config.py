@@ -27,7 +27,7 @@ def opt(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All keys of `qlora-ref train`. `None` means: decided at the start of the run, and written to the resolved config."""
+    """All keys of `qlora-ref train`. `None` and "auto" are decided at the start and written to the resolved config."""
 
     model: str = opt("", "folder of a Hugging Face model (config.json, *.safetensors, tokenizer)")
     data: str = opt("", "training data: .json, .jsonl, .csv, .tsv or .parquet, optionally .gz")

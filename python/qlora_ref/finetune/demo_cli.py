@@ -1,7 +1,8 @@
 """`qlora-ref demo`: the whole method on the embedded model, in a few minutes, on a laptop.
 
-QLoRA (NF4 + double quantization, LoRA on every linear layer, paged AdamW, gradient checkpointing), then 16-bit LoRA with
-the same seed, data and schedule; what each keeps in memory; two questions about functions it never saw, before and after.
+QLoRA (NF4 + double quantization, LoRA on every linear layer, paged AdamW, gradient checkpointing), then 16-bit LoRA
+with the same seed, data and schedule; what each keeps in memory; two questions about functions it never saw, before and
+after.
 """
 
 import itertools
@@ -131,7 +132,7 @@ def summary(results: list[Result], asked: list[tuple[Message, str]], output: Pat
     lines = [
         "",
         report.table(rows, right=(1, 2, 3)),
-        f"  QLoRA ends {abs(difference):.4f} {'above' if difference > 0 else 'below'} 16-bit LoRA (one seed; docs/10 has the study)",
+        f"  QLoRA ends {abs(difference):.4f} {'above' if difference > 0 else 'below'} 16-bit LoRA (one seed)",
         "",
         report.memory_table({r.name: r.memory for r in results}, {r.name: r.peak for r in results}),
         "",

@@ -95,7 +95,7 @@ def build_parser(prog: str, description: str) -> Parser:
 
 
 def _translate_old(key: str, value: str | None, note: list[str]) -> list[str] | None:
-    """One old flag as new arguments; None if the flag is not an old one. Raises UserError where there is no equivalent."""
+    """One old flag as new arguments; None if it is not an old flag. UserError where there is no equivalent."""
     if key in RENAMED:
         new = RENAMED[key]
         value = OLD_FORMATS.get(value or "", value) if new == "format" else value

@@ -28,7 +28,7 @@ Example = tuple[Message, ...]
 
 @dataclass(frozen=True)
 class Format:
-    """name; the columns a row must have; row -> examples; the template used unless another is asked for; has a header."""
+    """name; columns a row must have; row -> examples; the template unless another is asked for; has a header line."""
 
     name: str
     columns: tuple[str, ...]
@@ -65,7 +65,7 @@ def _dolly(row: Row) -> list[Example]:
 
 
 def _self_instruct(row: Row) -> list[Example]:
-    """`prompt`/`completion` (its end-of-text marker is replaced by the tokenizer's own), or seed tasks with instances."""
+    """`prompt`/`completion` (its end-of-text marker gives way to the tokenizer's own), or seed tasks."""
     if "instances" in row:
         task = _text(row, "instruction")
         pairs = [_pair(task, _text(i, "output"), _text(i, "input")) for i in row["instances"] or []]
@@ -74,7 +74,7 @@ def _self_instruct(row: Row) -> list[Example]:
 
 
 def _unnatural(row: Row) -> list[Example]:
-    """Unnatural Instructions (Honovich et al. 2022): `instances` with `instruction_with_input`, `input`, `output`."""
+    """Unnatural Instructions (Honovich et al. 2022): `instances` of `instruction_with_input`, `input`, `output`."""
     if "instances" not in row:
         return _alpaca(row)
     pairs = [_pair(_text(i, "instruction_with_input"), _text(i, "output")) for i in row["instances"] or []]
@@ -88,7 +88,7 @@ def _chip2(row: Row) -> list[Example]:
 
 
 def _hh_rlhf(row: Row) -> list[Example]:
-    """Anthropic HH: the `chosen` dialogue, turns marked `\\n\\nHuman:` and `\\n\\nAssistant:`; same-speaker turns join."""
+    """Anthropic HH: the `chosen` dialogue, turns marked Human: and Assistant:; a repeated speaker joins."""
     parts = re.split(r"\n\n(Human|Assistant):", _text(row, "chosen"))
     turns: list[Message] = []
     for speaker, text in zip(parts[1::2], parts[2::2], strict=True):
@@ -207,8 +207,8 @@ def detect(row: Row, origin: str) -> Format:
         if fits(_BY_NAME[name], row):
             return _BY_NAME[name]
     raise UserError(
-        f"{origin}: the columns {', '.join(map(repr, row))} match no known format; needed are for example 'instruction' and "
-        "'output' (alpaca), 'input' and 'output', or 'messages'; choose with --format."
+        f"{origin}: the columns {', '.join(map(repr, row))} match no known format; needed are for example "
+        "'instruction' and 'output' (alpaca), 'input' and 'output', or 'messages'; choose with --format."
     )
 
 

@@ -1,6 +1,6 @@
 """Answers from a model: the prompt rendered and tokenized exactly as in training, until the end token.
 
-Sampling is transformers' `generate`; this file prepares the model for it (evaluation mode, cache on) and the text around.
+Sampling is transformers' `generate`; this file prepares the model for it (evaluation mode, cache on) and the text.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import torch
 
 from .encode import prompt_ids
 from .formats import Example
-from .loading import pad_id, set_checkpointing
+from .loading import is_checkpointing, pad_id, set_checkpointing
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Sampling:
 @contextmanager
 def inference(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode without gradient checkpointing (which would turn the cache off); both restored."""
-    training, checkpointing = model.training, getattr(model, "is_gradient_checkpointing", False)
+    training, checkpointing = model.training, is_checkpointing(model)
     model.eval()
     if checkpointing:
         set_checkpointing(model, False)

@@ -181,3 +181,8 @@ def set_checkpointing(model: torch.nn.Module, on: bool) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:  # transformers before the renaming
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def is_checkpointing(model: torch.nn.Module) -> bool:
+    name = "is_activation_checkpointing"
+    return getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", False)

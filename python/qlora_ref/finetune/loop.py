@@ -1,6 +1,6 @@
 """The training loop: micro-batches summed into a step, the step clipped and applied, everything written down.
 
-    loss = sum over the step's labelled tokens of -log p / number of them       (not a mean of means: rows differ in length)
+    loss = sum of -log p over the step's labelled tokens / how many there are     (no mean of means: rows differ)
     g <- g * min(1, max_grad_norm / |g|);   paged AdamW;   learning rate by the schedule
 
 Every random number is a function of (seed, step), so a resumed run repeats an uninterrupted one bit for bit on a CPU.
@@ -14,13 +14,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import native
 from ..optim import PagedAdamW
 from .batches import IGNORE, Plan, collate
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -31,6 +32,7 @@ from .loss import first_nonfinite, mean_loss, summed_loss
 from .peft_io import write_atomically
 
 METRICS = "metrics.jsonl"
+_STATUS = Path("/proc/self/status")
 PATIENCE = 10  # steps in a row that the fp16 loss scaler may skip before the run is stopped
 
 
@@ -50,11 +52,23 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory used so far: allocated on a GPU, resident in the process on a CPU."""
+    """Most memory used since `reset_peak`: allocated on a GPU, resident in the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if _STATUS.exists():
+        line = next(x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start the peak anew. Without /proc (macOS) a process has one peak for all its life."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 @dataclass
@@ -137,8 +151,8 @@ class Trainer:
             return  # the scaler skips this step and halves its scale
         where = next((w for b in batches if (w := first_nonfinite(self.model, b)) != "the loss"), "the loss")
         raise TrainingStopped(
-            f"step {self.step + 1} is not finite (loss {loss:g}, gradient norm {norm:g}): first in {where}. Nothing of it "
-            "was applied; lower --lr, use --dtype bf16 or fp32, or look at the data of this step."
+            f"step {self.step + 1} is not finite (loss {loss:g}, gradient norm {norm:g}): first in {where}. Nothing of "
+            "it was applied; lower --lr, use --dtype bf16 or fp32, or look at the data of this step."
         )
 
     # --- the run ---------------------------------------------------------------------------------------------------
@@ -216,6 +230,7 @@ class Trainer:
             "seconds": self.seconds,
             "data": fingerprint(self.data, self.train_ids),
             "scaler": self.scaler.state_dict(),
+            "computed_by": computed_by(self.device),
         }
         return save_checkpoint(
             self.output, self.model, self.optimizer, progress, self.adapter, keep=self.config.save_limit
@@ -226,12 +241,28 @@ class Trainer:
         progress = load_checkpoint(checkpoint, self.model, self.optimizer)
         if progress["data"] != fingerprint(self.data, self.train_ids):
             raise TrainingStopped(
-                f"the training data or its tokens changed since {checkpoint} was saved; start a new run in another folder."
+                f"the training data or its tokens changed since {checkpoint} was saved; start a new run elsewhere."
+            )
+        if progress["computed_by"] != computed_by(self.device):
+            print(
+                f"note: {checkpoint} was computed by {progress['computed_by']}, this is {computed_by(self.device)}: "
+                "the resumed run is sound, but not bit for bit what it would have been",
+                file=sys.stderr,
             )
         self.step, self.tokens, self.seconds = progress["step"], progress["tokens"], progress["seconds"]
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(progress["scaler"])
         self.records = rewind_metrics(self.output / METRICS, self.step)
+
+
+def backend(device: torch.device) -> str:
+    return "native" if getattr(native, device.type, None) is not None else "reference (PyTorch)"
+
+
+def computed_by(device: torch.device) -> str:
+    """What fixes the bits of a run beside its seed."""
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return f"torch {torch.__version__}, {chip}, {backend(device)} kernels, {torch.get_num_threads()} threads"
 
 
 def fingerprint(data: Dataset, ids: list[int]) -> str:

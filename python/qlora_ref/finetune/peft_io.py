@@ -117,7 +117,7 @@ def save_adapter(
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
-    """(adapter config, weights, our side file or {}) of a PEFT LoRA folder, ours or another's. AdapterError if unusable."""
+    """(adapter config, weights, our side file or {}) of a PEFT LoRA folder, ours or not. AdapterError if unusable."""
     folder = Path(folder)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

@@ -24,16 +24,18 @@ def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure = Figure(figsize=(7.2, 4.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for (name, records), colour in zip(runs.items(), (_BLUE, _ORANGE, _GREY)):
+    for (name, records), colour in zip(runs.items(), (_BLUE, _ORANGE, _GREY), strict=False):
         train = [(r["step"], r["loss"]) for r in records if "loss" in r]
         held = [(r["step"], r["eval_loss"]) for r in records if math.isfinite(r.get("eval_loss", math.nan))]
         if train:
-            steps, losses = zip(*train)
+            steps, losses = zip(*train, strict=True)
             axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
             axes.plot(steps, smooth(list(losses), max(1, len(losses) // 20)), color=colour, linewidth=1.6,
                       label=f"{name}: training")  # fmt: skip
         if held:
-            axes.plot(*zip(*held), "o-", color=colour, markersize=4, linewidth=0.8, label=f"{name}: held out")
+            axes.plot(
+                *zip(*held, strict=True), "o-", color=colour, markersize=4, linewidth=0.8, label=f"{name}: held out"
+            )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per labelled token)")
     axes.grid(alpha=0.25)

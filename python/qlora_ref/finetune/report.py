@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from .. import __version__, native
+from .. import __version__
 from ..nn import count_parameters
 from .config import TrainConfig
-from .loop import Trainer, peak_bytes
+from .loop import Trainer, backend, peak_bytes
 from .peft_io import storage
 
 
@@ -37,14 +37,16 @@ def memory_bytes(trainer: Trainer) -> dict[str, int]:
     """Bytes of everything a run keeps, by kind, read off the live tensors; gradients are those of the adapters."""
     sizes = storage(trainer.model)
     optimizer = trainer.optimizer.memory()
-    return {
+    dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[trainer.config.dtype]
+    kinds = {
         "4-bit weights": sizes["packed"],
         "quantization constants": sizes["constants"],
-        "embeddings, norms, head" if sizes["packed"] else "16-bit weights": sizes["unquantized"],
+        f"{dtype} weights": sizes["unquantized"],
         "adapters": sizes["adapters"],
         "gradients": sizes["adapters"],
         "optimizer states": optimizer["device"] + optimizer["host"],
     }
+    return {kind: n for kind, n in kinds.items() if n}
 
 
 def memory_table(runs: dict[str, dict[str, int]], peaks: dict[str, tuple[str, int]]) -> str:
@@ -61,11 +63,6 @@ def memory_table(runs: dict[str, dict[str, int]], peaks: dict[str, tuple[str, in
 def measured_peak(trainer: Trainer) -> tuple[str, int]:
     label = "measured peak (GPU)" if trainer.device.type == "cuda" else "measured peak (process)"
     return label, peak_bytes(trainer.device)
-
-
-def backend(device: torch.device) -> str:
-    module = getattr(native, device.type, None)
-    return "native" if module is not None else "reference (PyTorch)"
 
 
 def device_name(device: torch.device) -> str:

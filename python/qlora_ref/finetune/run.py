@@ -26,7 +26,7 @@ from .loading import (
     resolve_device,
     resolve_dtype,
 )
-from .loop import METRICS, Trainer
+from .loop import METRICS, Trainer, reset_peak
 from .peft_io import read_adapter, save_adapter, write_atomically
 from .plots import plot_losses
 
@@ -44,7 +44,7 @@ class Prepared:
 
 
 def check_output(config: TrainConfig) -> None:
-    """Raise UserError unless the output folder can take this run: empty or new, or with --resume one that holds a run."""
+    """UserError unless the output folder can take this run: new or empty, or with --resume one that holds a run."""
     if not config.output:
         raise UserError("--output DIR is missing: the folder that the adapter is written to.")
     folder = Path(config.output)
@@ -108,8 +108,7 @@ def prepare(config: TrainConfig) -> Prepared:
     config, data, held, train_ids, eval_ids = _load_data(config, tokenizer)
     short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     config = config.replace(device=str(device), dtype=short[dtype])
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak(device)
     model = build(config, device, dtype)
     adapter = {
         "base": os.path.abspath(config.model),
@@ -148,7 +147,7 @@ def start(prepared: Prepared) -> None:
 
 
 def resumed_config(config: TrainConfig, given: set[str]) -> TrainConfig:
-    """The config of the run in --output. UserError if a flag says something else than the run was started with."""
+    """The config of the run in --output. UserError if a flag disagrees with it."""
     check_output(config)
     path = Path(config.output) / CONFIG_FILE
     saved = TrainConfig(**config_module.from_dict(config_module.load_yaml(path), str(path)))
@@ -157,15 +156,15 @@ def resumed_config(config: TrainConfig, given: set[str]) -> TrainConfig:
         new, old = getattr(config, key), getattr(saved, key)
         if new != old and new != "auto":
             raise UserError(
-                f"--resume: this run was started with --{key.replace('_', '-')} {old}, not {new}; leave the flag out, or "
-                "start a new run in another folder."
+                f"--resume: this run was started with --{key.replace('_', '-')} {old}, not {new}; leave the flag out, "
+                "or start a new run in another folder."
             )
     changes = {k: getattr(config, k) for k in free & given | {"output", "resume"}}
     return saved.replace(**changes)
 
 
 def finish(prepared: Prepared) -> dict[str, Any]:
-    """Write and verify the adapter at the top of the folder, the tokenizer beside it, the plot. Returns what was saved."""
+    """Write and verify the adapter at the top of the folder; tokenizer and plot beside it. Returns what was saved."""
     trainer = prepared.trainer
     saved = save_adapter(trainer.model, trainer.output, **trainer.adapter)
     if trainer.step and not saved["lora_B_norm"] > 0:
