@@ -13,6 +13,11 @@ from .architecture import Architecture, Matrix
 from .settings import Settings
 
 FP32 = 4
+# T5's names. Its layers are all counted as decoder layers, the larger kind, so its activations are an upper bound.
+ROLES = {
+    "q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj",
+    "wi": "up_proj", "wi_0": "gate_proj", "wi_1": "up_proj", "wo": "down_proj",
+}  # fmt: skip
 NORM_TEMPORARIES = 5  # fp32 tensors of the input's shape inside the backward of an RMS norm written in PyTorch
 
 
@@ -37,9 +42,9 @@ class Layer:
         self.a, self.s = architecture, settings
         self.T = settings.tokens
         self.e, self.c = settings.activation_bytes, settings.product_bytes
-        self.targets = settings.target_names(architecture)
+        self.targets = {ROLES.get(name, name) for name in settings.target_names(architecture)}
         self.full = settings.train == "full"
-        self.matrices = {m.name: m for m, _ in architecture.linear_layers()}
+        self.matrices = {ROLES.get(m.name, m.name): m for m, _ in architecture.linear_layers()}
 
     @property
     def checkpoint(self) -> int:
@@ -48,7 +53,8 @@ class Layer:
 
     def saved(self) -> int:
         """S: everything autograd saves for the backward of one layer, without the layer's input."""
-        return self.norms() + self.attention() + self.mlp()
+        blocks = 2 if self.a.encoder_decoder else 1  # a decoder layer attends to itself and to the encoder
+        return self.norms() + blocks * self.attention() + self.mlp()
 
     def norms(self) -> int:
         """1/rms and an fp32 copy of the input of each norm (fp32 inputs are saved themselves: the first one is the
@@ -149,7 +155,7 @@ class Layer:
         s = self.s
         if self.full:
             return 0, m.size * self.c
-        if m.name not in self.targets:
+        if ROLES.get(m.name, m.name) not in self.targets:
             return 0, 0
         casts = self.c * s.rank * (m.inputs + m.outputs) * (s.adapter_bytes != self.c)
         return self.c * self.T * s.rank + casts, s.adapter_bytes * s.rank * (m.inputs + m.outputs)

@@ -220,6 +220,7 @@ def _t5(config: dict, name: str, source: str) -> Architecture:
         head_dim=_integer(config, "d_kv", name),
         vocab=_integer(config, "vocab_size", name),
         tied=bool(config.get("tie_word_embeddings", True)),
+        norms=3,
         decoder_layers=_integer(config, "num_decoder_layers", name, default=layers),
         gated=feed_forward.startswith("gated"),
         max_position=2**31,  # relative positions: no table to run out of

@@ -161,8 +161,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def compare(args: argparse.Namespace, config: dict, result: Estimate) -> str:
-    from .compare import compare_measure, compare_trace
-
+    if result.architecture.encoder_decoder:
+        raise ConfigError(
+            f"--compare {args.compare}: {result.architecture.name} is an encoder-decoder, which only the closed form "
+            "covers; leave --compare out."
+        )
+    try:
+        from .compare import compare_measure, compare_trace
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--compare {args.compare} needs {error.name}: pip install torch transformers.") from error
     return compare_trace(config, result) if args.compare == "trace" else compare_measure(config, result, args.device)
 
 

@@ -4,13 +4,13 @@ from collections import Counter
 
 from . import categories as row
 from .estimate import Estimate
+from .measure import STEPS, measure
 from .report import GB, table
+from .trace import trace
 
 
 def compare_trace(config: dict, result: Estimate) -> str:
     """Estimate and trace of one setup, by category at each one's peak and by phase."""
-    from .trace import trace
-
     traced = trace(config, result.architecture, result.settings)
     rows = _category_rows(result.categories, traced.categories)
     rows.append(["= peak of tensors", *_pair(result.allocated, traced.allocated)])
@@ -29,8 +29,6 @@ def compare_trace(config: dict, result: Estimate) -> str:
 
 def compare_measure(config: dict, result: Estimate, device: str) -> str:
     """Estimate and measurement on a real device."""
-    from .measure import STEPS, measure
-
     measured = measure(config, result.architecture, result.settings, device)
     rows = [
         [name, *_pair(expected, size), f"{100 * (expected / size - 1):+.2f} %"]

@@ -29,8 +29,8 @@ class Margin:
     context: bytes, once. fragmentation: share of the tensors. decoded: budget in bytes of the dequantized weights that
     the CUDA path keeps between a layer's recomputation and its backward (cuda_linear.Scratch).
 
-    The first two are assumed, not measured: 0.8 GiB for CUDA context, cuBLAS and attention workspaces; 3 % for blocks that the caching
-    allocator reserves but cannot use (`expandable_segments`). `qlora-ref estimate --compare measure` measures both.
+    The first two are assumed, not measured: 0.8 GiB for CUDA context, cuBLAS and attention workspaces; 3 % for blocks
+    that the caching allocator reserves but cannot use (with `expandable_segments`). `qlora-ref estimate --compare measure` measures both.
     """
 
     context: int = int(0.8 * 2**30)

@@ -79,7 +79,7 @@ def materialize(model: nn.Module, device: str, seed: int = 0) -> None:
     for name, module in list(model.named_modules()):
         if any(buffer.device.type == "meta" for buffer in module._buffers.values()):
             if not name.endswith("rotary_emb"):
-                raise ValueError(f"{name} has buffers that only its checkpoint can fill; this model cannot be measured.")
+                raise ValueError(f"{name} has buffers of its own; only models with rotary tables can be measured.")
             parent, _, leaf = name.rpartition(".")
             with torch.device(device):
                 setattr(model.get_submodule(parent), leaf, type(module)(config=module.config))

@@ -29,7 +29,7 @@ MMAP_ABOVE = 4096  # bytes: larger blocks are their own pages and go back to the
 
 @dataclass
 class Measurement:
-    """Bytes by reading. `trace` is None: categories cannot be read off a device."""
+    """Bytes by reading, and what to know about them. A device shows totals only, no categories."""
 
     device: str
     values: dict[str, int] = field(default_factory=dict)
@@ -49,8 +49,6 @@ class Measurement:
 
 def measure(config: dict, architecture: Architecture, settings: Settings, device: str) -> Measurement:
     """Three training steps on `device` ("cuda", "cuda:1", "cpu"). Raises `ConfigError` if there is no such device."""
-    if architecture.encoder_decoder:
-        raise ConfigError(f"--compare measure: {architecture.name} is an encoder-decoder, which is not traced or measured.")
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
             raise ConfigError("--compare measure: torch sees no CUDA GPU here; use --device cpu, or --compare trace.")

@@ -121,8 +121,8 @@ def check(s: Settings) -> None:
         )
     if s.optimizer == "adamw8" and (s.state_block < 32 or s.state_block & (s.state_block - 1)):
         raise ConfigError(
-            f"--state-block {s.state_block} with 8-bit states: pages are cut at powers of two, and a block of that many "
-            "elements would straddle two of them; use a power of two such as 256."
+            f"--state-block {s.state_block} with 8-bit states: pages are cut at powers of two, and a block of that "
+            "many elements would straddle two of them; use a power of two such as 256."
         )
     if s.paged and s.pool_mib * 2**20 < PAGE_BYTES * 2:
         raise ConfigError(f"--pool-mib {s.pool_mib}: the pool needs a page of each moment, {2 * PAGE_BYTES >> 20} MiB.")
