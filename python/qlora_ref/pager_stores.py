@@ -17,6 +17,8 @@ import torch
 
 from .reference.paging import Move, PagingStats
 
+_TOGETHER = 8  # pages that leave before the first of them is replaced: fewer events, and both directions still overlap
+
 
 class Lane:
     """Work in order. This one does it at once (CPU); `CudaLane` queues it on a stream."""
@@ -137,21 +139,21 @@ class Staged:
         """Start the copies; returns the event at which they have arrived.
 
         `self.done` is at this moment the end of the window before the one in use. No victim is in use (the
-        pager pins that window), so by then every update of every victim is over.
+        pager pins that window), so by then every update of every victim is over. A clean victim was written back
+        by `flush`, which waited for it.
         """
-        for move in moves:
-            slot = self.slot(move.page, move.slot)
-            if move.evicted is not None:
-                self.stats.evictions += 1
-                if move.dirty:
-                    self.outwards.wait(self.done)
-                    self._copy(self.outwards, self.host[move.evicted], slot)
-                    self.stats.bytes_to_host += slot.nbytes
-                self.inwards.wait(self.done)
-                self.inwards.wait(self.outwards.record())  # this write-back, and every earlier one
-            self._copy(self.inwards, slot, self.host[move.page])
-            self.stats.faults += 1
-            self.stats.bytes_to_device += slot.nbytes
+        self.outwards.wait(self.done)
+        for start in range(0, len(moves), _TOGETHER):
+            some = moves[start : start + _TOGETHER]
+            leaving = [move for move in some if move.evicted is not None]
+            if leaving:
+                dirty = [(self.host[m.evicted], self.slot(m.page, m.slot)) for m in leaving if m.dirty]
+                self.stats.bytes_to_host += self._copy(self.outwards, dirty)
+                self.inwards.wait(self.outwards.record())  # these write-backs, and every earlier one
+            arriving = [(self.slot(m.page, m.slot), self.host[m.page]) for m in some]
+            self.stats.bytes_to_device += self._copy(self.inwards, arriving)
+            self.stats.faults += len(some)
+            self.stats.evictions += len(leaving)
         return self.inwards.record()
 
     def slot(self, page: int, slot: int) -> torch.Tensor:
@@ -169,9 +171,8 @@ class Staged:
     def write_back(self, written: list[tuple[int, int]]) -> None:
         """Bring host memory up to date, and wait until it is."""
         self.outwards.wait(self.done)
-        for page, slot in written:
-            self._copy(self.outwards, self.host[page], self.slot(page, slot))
-            self.stats.bytes_to_host += self.page_bytes
+        copies = [(self.host[page], self.slot(page, slot)) for page, slot in written]
+        self.stats.bytes_to_host += self._copy(self.outwards, copies)
         self.inwards.synchronize()
         self.outwards.synchronize()
 
@@ -185,8 +186,16 @@ class Staged:
         self.pool = None
 
     @staticmethod
-    def _copy(lane: Lane, target: torch.Tensor, source: torch.Tensor) -> None:
-        lane.run(lambda: target.copy_(source, non_blocking=True))
+    def _copy(lane: Lane, copies: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
+        """Queue copies (target, source) on `lane`; returns how many bytes they move."""
+
+        def copy_all() -> None:
+            for target, source in copies:
+                target.copy_(source, non_blocking=True)
+
+        if copies:
+            lane.run(copy_all)
+        return sum(target.nbytes for target, _ in copies)
 
 
 def _host_pages(n_pages: int, page_bytes: int, pinned: bool) -> list[torch.Tensor]:
