@@ -30,7 +30,7 @@ class ItemAgreement:
     kappa: float
     agreement: float
     unanimous: float
-    class_shares: tuple[float, float, float]
+    class_shares: tuple[float, ...]
     orientation: str
     missing: str
 

@@ -3,7 +3,7 @@
 import json
 
 from .cli_common import parser, positive_int
-from .records import BadInput, read_rows
+from .records import BadInput, cell, read_rows
 from .report_tables import write_text
 from .tournament import read_ratings
 
@@ -44,11 +44,9 @@ def _renamed(row: dict, columns: dict[str, str], labels: dict[str, int]) -> dict
     for key in _KEYS:
         column = columns.get(key, key)
         if column in row:
-            out[key] = row[column]
+            out[key] = cell(key, str(row[column]))
         elif key in columns:
             raise BadInput(f"{row['_where']}: no column {column!r}; the file has {', '.join(map(str, row))}.")
-    if "message_id" in out:
-        out["message_id"] = str(out["message_id"])
-    if isinstance(out.get("score"), str):
-        out["score"] = labels.get(out["score"], out["score"])
+    if "score" in out:
+        out["score"] = labels.get(str(out["score"]), out["score"])
     return out

@@ -30,9 +30,7 @@ def main(argv: list[str]) -> int:
     with Ledger(args.out, fingerprint(tasks, args.seed), row_key) as ledger:
         session = RatingSession(tasks, ledger, args.annotator, args.seed)
         server = make_server(session, args.port)
-        print(
-            f"open http://127.0.0.1:{server.server_address[1]}/ and stop with Ctrl-C; ratings: {args.out}", flush=True
-        )
+        print(f"open http://127.0.0.1:{server.server_port}/ and stop with Ctrl-C; ratings: {args.out}", flush=True)
         try:
             server.serve_forever(poll_interval=0.2)
         except KeyboardInterrupt:

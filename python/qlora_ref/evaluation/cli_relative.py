@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     args = p.parse_args(argv)
     ids = None
     if args.baseline_answers:
-        ids = {row.get("answer_id") for row in read_rows(args.baseline_answers)} - {None}
+        ids = {row["answer_id"] for row in read_rows(args.baseline_answers) if row.get("answer_id")}
     table = relative_table(read_rows(args.file), args.baseline, args.bad_rows, ids)
     if args.plot:
         from .report_plots import plot_relative

@@ -20,7 +20,9 @@ import numpy as np
 from .tournament import Matches
 
 _ALL_ORDERINGS_LIMIT = 8  # 8! = 40,320 orderings
-_CHUNK = 2000  # orderings at once: their ratings stay in cache, their permutations in tens of megabytes
+# Orderings at once: few enough that their ratings stay in cache, and that a large file's permutations stay small.
+_CHUNK = 2000
+_CHUNK_INDICES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,9 @@ def _shuffles(n: int, orderings: int, seed: int) -> Iterator[np.ndarray]:
     """Arrays (chunk, n) of permutations; what is drawn does not depend on the size of the chunks."""
     rng = np.random.default_rng(seed)
     identity = np.arange(n, dtype=np.int32)
-    for start in range(0, orderings, _CHUNK):
-        chunk = np.broadcast_to(identity, (min(_CHUNK, orderings - start), n))
+    at_once = max(1, min(_CHUNK, _CHUNK_INDICES // n))
+    for start in range(0, orderings, at_once):
+        chunk = np.broadcast_to(identity, (min(at_once, orderings - start), n))
         yield rng.permuted(chunk, axis=1)
 
 
@@ -122,7 +125,7 @@ def _summarise(
     matches: Matches, settings: EloSettings, permutations: Iterator[np.ndarray], seed: int | None
 ) -> EloResult:
     """Two running sums around the start value: enough for mean and SD, and memory stays bounded."""
-    count, total, squares = 0, 0.0, 0.0
+    count, total, squares = 0, np.zeros(len(matches.names)), np.zeros(len(matches.names))
     for order in permutations:
         away = replay_many(matches, order, settings) - settings.start
         count += len(order)

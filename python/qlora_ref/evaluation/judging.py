@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,8 +118,9 @@ def estimate(
     count = count_tokens or (lambda text: -(-len(text.encode("utf-8")) // 4))
     tokens = sum(count(message["content"]) for job in jobs for message in job.messages())
     most = len(jobs) * MAX_TOKENS
-    priced = price_in is not None and price_out is not None
-    cost = (tokens * price_in + most * price_out) / 1e6 if priced else math.nan
+    cost = math.nan
+    if price_in is not None and price_out is not None:
+        cost = (tokens * price_in + most * price_out) / 1e6
     return Estimate(len(jobs), tokens, most, "counted" if count_tokens else "estimated at 4 bytes each", cost)
 
 
@@ -247,6 +248,6 @@ def ask_all(
                     store(job, future.result())
 
 
-def keys_in(out: str | Path, baseline: str | None) -> set[tuple]:
+def keys_in(out: str | Path, baseline: str | None) -> set[Hashable]:
     """Keys of the ratings that `out` already holds, without opening it for writing."""
     return complete_keys(out, lambda row: row_key(row, baseline))

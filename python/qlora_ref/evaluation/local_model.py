@@ -49,7 +49,7 @@ def load_model(
     kwargs: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if quantize:
         kwargs |= _quantization(quantize)
-    model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, use_safetensors=True, **kwargs)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, use_safetensors=True, **kwargs)
     model = model.to(device)
     if adapter is not None:
         from peft import PeftModel

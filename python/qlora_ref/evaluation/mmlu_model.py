@@ -54,10 +54,10 @@ def _letter_tokens(tokenizer: Any, spacing: str) -> LetterTokens:
     while len({tail[0] for tail in tails}) == 1 and all(len(tail) > 1 for tail in tails):
         lead.append(tails[0][0])
         tails = [tail[1:] for tail in tails]
-    ids = tuple(tail[0] for tail in tails)
-    if len(set(ids)) != 4:
-        raise ValueError(f"the four letters are not four tokens in this tokenizer ({ids}, {spacing}).")
-    return LetterTokens(ids, tuple(lead), tuple(tokenizer.convert_ids_to_tokens(list(ids))))
+    chosen = tuple(tail[0] for tail in tails)
+    if len(set(chosen)) != 4:
+        raise ValueError(f"the four letters are not four tokens in this tokenizer ({chosen}, {spacing}).")
+    return LetterTokens(chosen, tuple(lead), tuple(tokenizer.convert_ids_to_tokens(list(chosen))))
 
 
 def _plain_ids(tokenizer: Any, text: str) -> list[int]:

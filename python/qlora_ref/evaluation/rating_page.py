@@ -135,7 +135,7 @@ def make_server(session: RatingSession, port: int = 0) -> ThreadingHTTPServer:
 
         def _is_ours(self) -> bool:
             """The Host header names this machine: a foreign name that resolves to it does not."""
-            port = self.server.server_address[1]
+            port = server.server_port
             return self.headers.get("Host") in (f"127.0.0.1:{port}", f"localhost:{port}")
 
         def _send(self, status: int, kind: str, body: bytes) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 BAD_ROW_POLICIES = ("refuse", "set-aside")
+_NUMBER_KEYS = ("question_id", "annotator", "score")
 
 
 class BadInput(ValueError):
@@ -115,14 +116,16 @@ def _csv_rows(path: Path, text: str) -> Iterable[dict[str, Any]]:
             where = f"{path.name}:{reader.line_num}"
             if None in row or None in row.values():
                 raise BadInput(f"{where}: {len(reader.fieldnames or [])} columns were announced, this row differs.")
-            yield {key.strip(): _number_or_text(value) for key, value in row.items()} | {"_where": where}
+            yield {key.strip(): cell(key.strip(), value) for key, value in row.items()} | {"_where": where}
     except csv.Error as error:
         raise BadInput(f"{path.name}:{reader.line_num}: not CSV ({error}).") from None
 
 
-def _number_or_text(value: str) -> int | str:
-    value = value.strip()
-    return int(value) if value.removeprefix("-").isascii() and value.removeprefix("-").isdigit() else value
+def cell(key: str, text: str) -> int | str:
+    """A CSV cell: an integer under the keys that hold numbers, else text (a system may be called 7)."""
+    text = text.strip()
+    digits = text.removeprefix("-")
+    return int(text) if key in _NUMBER_KEYS and digits.isascii() and digits.isdigit() else text
 
 
 def require_keys(rows: list[dict[str, Any]], keys: Iterable[str], what: str) -> None:

@@ -82,18 +82,15 @@ def _as_text(result: Result, tables: list[Table]) -> str:
 
 
 def _aligned(table: Table) -> list[str]:
-    cells = [table.columns] + [
+    from tabulate import tabulate
+
+    rows = [
         [_shown(value, table.decimals.get(column, 2)) for column, value in zip(table.columns, row, strict=True)]
         for row in table.rows
     ]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(table.columns))]
-    left = [all(isinstance(row[i], str) for row in table.rows) and bool(table.rows) for i in range(len(table.columns))]
-    return [
-        "  ".join(
-            cell.ljust(w) if is_left else cell.rjust(w) for cell, w, is_left in zip(row, widths, left, strict=True)
-        ).rstrip()
-        for row in cells
-    ]
+    columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.columns)
+    align = ["left" if all(isinstance(value, str) for value in column) else "right" for column in columns]
+    return tabulate(rows, table.columns, tablefmt="plain", disable_numparse=True, colalign=align).split("\n")
 
 
 def _shown(value: Any, decimals: int) -> str:
