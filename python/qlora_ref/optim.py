@@ -104,7 +104,7 @@ class PagedAdamW(torch.optim.Optimizer):
     def _step_device(self, states: _DeviceStates, mine: list[int], flat: dict[Tensor, tuple]) -> None:
         group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
         steps = {i: self.state[states.params[i]]["step"] for i in mine}
-        states.pages.store.main.run(lambda: torch._foreach_add_(list(steps.values()), 1))
+        states.pages.store.run(None, lambda: torch._foreach_add_(list(steps.values()), 1))
 
         def update(window: list[tuple[Piece, Fields]]) -> None:
             calls: dict[tuple[int, torch.dtype], list[tuple[Tensor, ...]]] = defaultdict(list)

@@ -8,7 +8,7 @@
 The formulas leave the roundings open; this file does not. Each line below is one float32 operation, in the
 order of `torch.optim.AdamW(foreach=False)`, with the two fused multiply-adds that torch's vector code has (in
 `lerp_` and in `addcmul_`) written out, and scalars computed in float64 and rounded once. The square root is
-IEEE's: torch on x86 takes MKL's, which is one ulp off for every sixth float32, and that is the only
+IEEE's: torch on x86 takes MKL's, which is one ulp off for every fifth float32, and that is the only
 difference between the two.
 
 The moments are float32, or 8 bits: blocks of 256, the dynamic map for m, its unsigned form for v (arXiv
