@@ -1,1 +1,4 @@
-"""Will it fit? Three answers that must agree: `estimate` (closed form), `trace` (meta tensors), `measure` (a device)."""
+"""Will it fit? Three answers that must agree.
+
+`estimate` (closed form), `trace` (meta tensors), `measure` (a real device); `cli` is `qlora-ref estimate`.
+"""

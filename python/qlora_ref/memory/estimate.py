@@ -30,10 +30,11 @@ class Margin:
     the CUDA path keeps between a layer's recomputation and its backward (cuda_linear.Scratch).
 
     The first two are assumed, not measured: 0.8 GiB for CUDA context, cuBLAS and attention workspaces; 3 % for blocks
-    that the caching allocator reserves but cannot use (with `expandable_segments`). `qlora-ref estimate --compare measure` measures both.
+    that the caching allocator reserves but cannot use (with `expandable_segments`).
+    `qlora-ref estimate --compare measure` measures both.
     """
 
-    context: int = int(0.8 * 2**30)
+    context: int = 819 * 2**20
     fragmentation: float = 0.03
     decoded: int = DECODED_BYTES
 

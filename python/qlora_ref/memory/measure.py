@@ -103,7 +103,7 @@ def measure_cuda(config: dict, architecture: Architecture, settings: Settings, d
     )
 
 
-def measure_cpu(config: dict, settings: Settings) -> Measurement:
+def measure_cpu(config: dict, settings: Settings, readings=("CPU allocator", "resident growth")) -> Measurement:
     """Run this module in a fresh process, so that resident memory starts clean; once for each reading."""
     environment = {
         **os.environ,
@@ -114,7 +114,7 @@ def measure_cpu(config: dict, settings: Settings) -> Measurement:
         "OMP_NUM_THREADS": "1",
     }
     values = {}
-    for reading in ("CPU allocator", "resident growth"):
+    for reading in readings:
         request = json.dumps({"config": config, "settings": asdict(settings), "reading": reading})
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-m", __name__],

@@ -151,8 +151,8 @@ def notes(result: Estimate) -> str:
         out.append(f"{s.seq} tokens are more than the {a.max_position} positions {a.name} was trained with.")
     if a.encoder_decoder:
         out.append(
-            "Encoder and decoder each get the whole sequence length, and every layer is counted as a decoder layer: the "
-            "activations are an upper bound, not held to a trace."
+            "Encoder and decoder each get the whole sequence length, and every layer is counted as a decoder layer: "
+            "the activations are an upper bound, not held to a trace."
         )
     return "\n".join(out)
 
