@@ -16,6 +16,7 @@ VERBS = {
     "quantize": ("qlora_ref.quantize_cli", "quantization error of every layer of a safetensors file, by data type"),
     "train": ("qlora_ref.finetune.train_cli", "fine-tune a local causal language model with QLoRA"),
     "demo": ("qlora_ref.finetune.demo_cli", "fine-tune the embedded model and show everything (make demo)"),
+    "preview": ("qlora_ref.finetune.preview_cli", "a few training examples as tokens, with their loss mask"),
     "estimate": ("qlora_ref.memory.cli", "will it fit? memory by category, and a verdict per card"),
     "eval": ("qlora_ref.evaluation.cli", "relative scores, Elo tournaments, agreement, MMLU, judges, reports"),
 }

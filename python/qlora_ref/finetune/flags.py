@@ -49,6 +49,7 @@ IGNORED = {
     "report_to_none": "",
     "ddp_find_unused_parameters": "not needed",
     "use_auth_token": "models are local folders",
+    "lora_modules": "see --lora-targets",
 }
 REFUSED = {
     "do_mmlu_eval": "evaluate with `qlora-ref eval mmlu` after training",
@@ -78,6 +79,9 @@ def build_parser(prog: str, description: str) -> Parser:
     parser = Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the keys below; flags win over it")
     parser.add_argument("--recipe", metavar="NAME", help="a shipped config (--recipe list shows them)")
+    parser.add_argument(
+        "--card", metavar="GB", help="choose micro-batch and optimizer bits that fit a card (24, 48, 80)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan, but train nothing")
     for key, f in FIELDS.items():
         flag, default = "--" + key.replace("_", "-"), f.default
@@ -150,7 +154,7 @@ def parse(argv: list[str], prog: str, description: str) -> tuple[TrainConfig, ar
     """Flags (and the YAML file or recipe they name) -> a checked config. Raises UserError; `--help` exits as usual."""
     parser = build_parser(prog, description)
     note: list[str] = []
-    known = set(FIELDS) | {"config", "recipe", "dry_run", "help"}
+    known = set(FIELDS) | {"config", "recipe", "card", "dry_run", "help"}
     args = parser.parse_args(normalize(argv, known, note))
     for line in note:
         print(f"note: {line}", file=sys.stderr)
@@ -165,4 +169,8 @@ def parse(argv: list[str], prog: str, description: str) -> tuple[TrainConfig, ar
     args.given = set(values)
     config = TrainConfig(**values)
     check(config)
+    if args.card:
+        from .recipe import fit_to_card
+
+        config = fit_to_card(config, args.card)
     return config, args

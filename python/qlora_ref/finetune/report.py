@@ -69,6 +69,42 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
 
 
+def estimated(config: TrainConfig) -> str:
+    """The closed-form estimate of what this run needs on a GPU (`qlora-ref estimate` shows it by category)."""
+    from ..memory.architecture import ConfigError, read_config
+    from ..memory.estimate import estimate
+
+    try:
+        needed = estimate(read_config(config.model), memory_settings(config)).needed
+    except ConfigError as error:
+        return f"no estimate: {error}"
+    return f"about {human(needed)} on a GPU, context included (qlora-ref estimate: by category)"
+
+
+def memory_settings(config: TrainConfig) -> Any:
+    """This run in the words of the memory estimate. Other 4-bit types store what fp4 stores."""
+    from ..memory.settings import Settings
+
+    four_bit = {"none": config.dtype, "nf4": "nf4"}.get(config.quant_type, "fp4")
+    return Settings(
+        seq=config.max_length,
+        batch=config.batch_size,
+        accumulate=config.grad_accum,
+        weights=four_bit,
+        double_quant=config.double_quant,
+        block_size=config.block_size,
+        rank=config.lora_rank,
+        targets="all" if config.lora_targets == "all-linear" else config.lora_targets,
+        adapter_dtype="fp32",
+        dropout=config.lora_dropout,
+        compute_dtype=config.dtype,
+        embedding_dtype=config.dtype,
+        optimizer=f"adamw{config.optimizer_bits}",
+        paged=True,
+        checkpointing=config.gradient_checkpointing,
+    )
+
+
 def startup(config: TrainConfig, trainer: Trainer, dtype: torch.dtype, notes: list[str]) -> str:
     """What is about to run: versions, device, dtypes, true parameter counts, data, steps."""
     total, trainable = count_parameters(trainer.model)
@@ -90,6 +126,7 @@ def startup(config: TrainConfig, trainer: Trainer, dtype: torch.dtype, notes: li
         ("data", f"{config.data}: {trainer.data.summary()}"),
         ("held out", f"{min(len(trainer.eval_ids), config.max_eval_examples)} examples"),
         ("steps", f"{trainer.plan.total_steps} of {per_step} {'rows' if config.packing else 'examples'}"),
+        ("memory", estimated(config)),
         ("optimizer", f"paged AdamW {config.optimizer_bits}-bit, lr {config.lr:g} {config.schedule}"),
     ]
     width = max(len(k) for k, _ in rows)

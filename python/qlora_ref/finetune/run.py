@@ -13,6 +13,7 @@ import torch
 from .. import __version__
 from ..cli import UserError
 from . import config as config_module
+from . import loggers, model_card
 from .batches import split
 from .checkpoint import list_checkpoints
 from .config import TrainConfig
@@ -101,6 +102,7 @@ def prepare(config: TrainConfig) -> Prepared:
         if not getattr(config, key):
             raise UserError(f"--{key} is missing: {config_module.FIELDS[key].metadata['help']}.")
     check_output(config)
+    loggers.check(config)
     _check_lengths(config, check_model_folder(config.model))
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
@@ -172,6 +174,10 @@ def finish(prepared: Prepared) -> dict[str, Any]:
     read_adapter(trainer.output)
     prepared.tokenizer.save_pretrained(trainer.output)
     plot_losses({trainer.config.quant_type: trainer.records}, trainer.output / PLOT_FILE)
+    before, after = held_out(trainer.records)
+    facts = {"version": __version__, "steps": trainer.step, "tokens": trainer.tokens, "before": before, "after": after}
+    facts["held"] = min(len(trainer.eval_ids), trainer.config.max_eval_examples)
+    write_atomically(trainer.output / "README.md", model_card.write(prepared.config, facts).encode())
     return saved
 
 

@@ -2,11 +2,12 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..cli import UserError
-from . import flags, report, run
+from . import flags, loggers, recipe, report, run
 from .checkpoint import list_checkpoints
 from .config import TrainConfig
 from .loop import TrainingStopped
@@ -22,6 +23,9 @@ Three flags that help: --batch-size 1 --grad-accum {accumulate} (same step, smal
 
 def main(argv: list[str]) -> int:
     """Exit status 0: trained and saved; 130: stopped by Ctrl-C with a checkpoint; 1: training failed."""
+    if argv[:1] == ["--recipe"] and argv[1:] in (["list"], []):
+        print(recipe.listing())
+        return 0
     config, args = flags.parse(argv, "qlora-ref train", DESCRIPTION)
     if config.resume:
         config = run.resumed_config(config, args.given)
@@ -42,7 +46,13 @@ def train(prepared: run.Prepared) -> int:
             norm = torch.stack([p.detach().norm() for p in trainer.trainable]).norm().item()
             print(f"  resumed at step {trainer.step} of {trainer.plan.total_steps}, adapter norm {norm:.4f}")
         bar = report.ProgressBar(trainer, "training")
-        trainer.log = bar.evaluated
+        more = loggers.logger(config)
+
+        def log(record: dict[str, Any]) -> None:
+            bar.evaluated(record)
+            more(record)
+
+        trainer.log = log
         try:
             trainer.train(bar)
         finally:
