@@ -346,25 +346,26 @@ def test_hooks_see_the_moments():
     assert seen == [{"step", "exp_avg", "exp_avg_sq"}, torch.Tensor]
 
 
-def test_parameters_added_or_unfrozen_later():
-    """The pages are laid out anew; the states of the others are kept."""
+@pytest.mark.parametrize("bits", [8, 32])
+def test_parameters_added_or_unfrozen_later(bits):
+    """The pages are laid out anew and the states of the others kept, exactly: as if all had been there from the start
+    and had only lacked gradients."""
     ours, theirs = parameters(), parameters()
-    for params, make in (
-        (ours, lambda p: PagedAdamW(p, paging="cpu", **TINY)),
-        (theirs, lambda p: torch.optim.AdamW(p, fused=True)),
-    ):
-        params[1].requires_grad_(False)
-        optimizer = make(params[:4])
-        for step in range(6):
-            if step == 2:
-                optimizer.add_param_group({"params": params[4:], "lr": 1e-2})
-            if step == 4:
-                params[1].requires_grad_(True)
+    ours[1].requires_grad_(False)
+    grown = PagedAdamW(ours[:4], bits=bits, paging="cpu", **TINY)
+    complete = PagedAdamW([{"params": theirs[:4]}, {"params": theirs[4:], "lr": 1e-2}], bits=bits)
+    for step in range(6):
+        if step == 2:
+            grown.add_param_group({"params": ours[4:], "lr": 1e-2})
+        if step == 4:
+            ours[1].requires_grad_(True)
+        for params in (ours, theirs):
             set_grads(params, step, missing=False)
-            if step < 4:
-                params[1].grad = None
-            optimizer.step()
+            for p in [*(params[1:2] if step < 4 else []), *(params[4:] if step < 2 else [])]:
+                p.grad = None
+        grown.step(), complete.step()
     assert_same(ours, theirs)
+    assert_same_state(grown.state_dict(), complete.state_dict())
 
 
 def test_dtensor():

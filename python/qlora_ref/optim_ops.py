@@ -55,7 +55,7 @@ def update_pieces(bits: int, rows: list[tuple[Tensor, ...]], group: dict[str, An
     """
     params, grads, *fields, steps = (list(column) for column in zip(*rows, strict=True))
     beta1, beta2 = (float(beta) for beta in group["betas"])
-    scalars = dict(lr=float(group["lr"]), beta1=beta1, beta2=beta2)
+    scalars: dict[str, Any] = dict(lr=float(group["lr"]), beta1=beta1, beta2=beta2)
     scalars |= dict(weight_decay=float(group["weight_decay"]), eps=float(group["eps"]))
     if bits == 8:
         torch.ops.qlora_ref.adamw_8bit_(params, grads, *fields, steps, **scalars)

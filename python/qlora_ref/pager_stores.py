@@ -145,9 +145,9 @@ class Staged:
         self.outwards.wait(self.done)
         for start in range(0, len(moves), _TOGETHER):
             some = moves[start : start + _TOGETHER]
-            leaving = [move for move in some if move.evicted is not None]
+            leaving = [(m, m.evicted) for m in some if m.evicted is not None]
             if leaving:
-                dirty = [(self.host[m.evicted], self.slot(m.page, m.slot)) for m in leaving if m.dirty]
+                dirty = [(self.host[evicted], self.slot(m.page, m.slot)) for m, evicted in leaving if m.dirty]
                 self.stats.bytes_to_host += self._copy(self.outwards, dirty)
                 self.inwards.wait(self.outwards.record())  # these write-backs, and every earlier one
             arriving = [(self.slot(m.page, m.slot), self.host[m.page]) for m in some]
