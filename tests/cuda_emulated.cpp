@@ -51,7 +51,7 @@ int64_t position_in_tile(int64_t row, int64_t col, uint32_t offset, int64_t cols
   return cuda::strided_position(row, col, offset, cols, row_stride);
 }
 
-int64_t block_of(int64_t i, int64_t size) { return cuda::quotient(i, size, cuda::log2_or_minus_one(size)); }
+int64_t divide(int64_t n, int64_t divisor) { return cuda::divide(n, cuda::make_divider(divisor)); }
 
 void tiling(int64_t rows, int m, int multiprocessors, int* out) {
   const cuda::LinearTiling t = cuda::linear_tiling(rows, m, multiprocessors);

@@ -27,11 +27,11 @@ SIGNATURES = {
     "set_device": [INT, INT],
     "position": [LONG, LONG, LONG],
     "position_in_tile": [LONG, LONG, ctypes.c_uint32, LONG, LONG],
-    "block_of": [LONG, LONG],
+    "divide": [LONG, LONG],
     "tiling": [LONG, INT, INT, POINTER],
     "bins_usable": [ctypes.c_char_p],
 }
-RESULTS = {"position": LONG, "position_in_tile": LONG, "block_of": LONG, "bins_usable": INT}
+RESULTS = {"divide": LONG, "position": LONG, "position_in_tile": LONG, "bins_usable": INT}
 
 
 @lru_cache(maxsize=None)

@@ -106,19 +106,23 @@ def test_one_weight_whatever_the_batch(dtype, major, emulated):
 
 
 def test_positions_beyond_two_to_the_31(emulated):
-    """Strided output positions against Python's integers."""
+    """Strided output positions and the division in them against Python's integers."""
+    for n in (0, 1, 2**31 - 1, 2**31, 2**62, 2**63 - 1):
+        for divisor in (1, 2, 3, 64, 4096, 14336, 2**31 - 1, 2**40 + 1):
+            for near in (n, n - n % divisor, n - n % divisor - 1):
+                if near >= 0:
+                    assert emulated._c.divide(near, divisor) == near // divisor, (near, divisor)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2000):
         i = int(torch.randint(2**44, (), generator=generator))
-        cols = int(torch.randint(1, 2**20, (), generator=generator))
+        cols = int(torch.randint(1, 2 ** int(torch.randint(1, 20, (), generator=generator)), (), generator=generator))
         stride = cols + int(torch.randint(4096, (), generator=generator))
         expected = i // cols * stride + i % cols
         assert emulated._c.position(i, cols, stride) == expected
+        assert emulated._c.divide(i, cols) == i // cols
         start = i - i % 1024
         row, col = divmod(start, cols)
         assert emulated._c.position_in_tile(row, col, i - start, cols, stride) == expected
-        for size in (32, 64, 4096, 100):
-            assert emulated._c.block_of(i, size) == i // size
 
 
 def test_output_rows_with_a_stride(emulated):

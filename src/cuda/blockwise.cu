@@ -34,7 +34,8 @@ __device__ __forceinline__ int64_t warp_id() { return int64_t(blockIdx.x) * kWar
 constexpr int kDequantizeTile = 32 * kLanes;  // weights a warp
 
 struct Output {
-  int64_t cols, row_stride;
+  Divider cols;
+  int64_t row_stride;
   bool strided;   // rows further apart than `cols`
   bool vectors;   // 16-byte stores are possible
   bool words;     // the codes of one store can be loaded at once
@@ -50,7 +51,7 @@ __device__ __forceinline__ uint32_t load_codes(const uint8_t* packed, int64_t fi
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     dequantize_kernel(const uint8_t* __restrict__ packed, int64_t n, const __grid_constant__ Scales scales,
                       int block_shift, const __grid_constant__ Codebook codebook, T* __restrict__ out, Output output) {
   constexpr int kPer = kPerStore<T>, kStores = kDequantizeTile / kLanes / kPer;
@@ -71,8 +72,8 @@ __global__ void __launch_bounds__(kThreads)
 
   int64_t row = 0, col = start;
   if (output.strided) {
-    row = start / output.cols;
-    col = start - row * output.cols;
+    row = divide(start, output.cols);
+    col = start - row * output.cols.divisor;
   }
 #pragma unroll
   for (int s = 0; s < kStores; ++s) {
@@ -84,14 +85,14 @@ __global__ void __launch_bounds__(kThreads)
 
     const int64_t i = start + offset;
     if (output.vectors && i + kPer <= n) {
-      const int64_t at = output.strided ? strided_position(row, col, offset, output.cols, output.row_stride) : i;
+      const int64_t at = output.strided ? strided_position(row, col, offset, output.cols.divisor, output.row_stride) : i;
       store16(out + at, values);
     } else {
 #pragma unroll
       for (int e = 0; e < kPer; ++e) {
         if (i + e >= n) break;
         const int64_t at =
-            output.strided ? strided_position(row, col, offset + e, output.cols, output.row_stride) : i + e;
+            output.strided ? strided_position(row, col, offset + e, output.cols.divisor, output.row_stride) : i + e;
         out[at] = round_to(T{}, values[e]);
       }
     }
@@ -276,11 +277,12 @@ int block_shift_of(int64_t block_size) {
 void dequantize_4bit(const Weight4bit& weight, const Codebook& codebook, void* out, DType dtype, int64_t row_stride,
                      void* stream) {
   const int64_t n = weight.rows * weight.cols;
+  if (n == 0) return;
   const int block_shift = block_shift_of(weight.block_size);
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     constexpr int kPer = kPerStore<T>;
-    Output output{weight.cols, row_stride, row_stride != weight.cols && weight.rows > 1, false, false};
+    Output output{make_divider(weight.cols), row_stride, row_stride != weight.cols && weight.rows > 1, false, false};
     output.vectors = aligned(out, 16) && (!output.strided || (weight.cols % kPer == 0 && row_stride % kPer == 0));
     output.words = aligned(weight.packed, kPer / 2);
     launch("dequantize_4bit", dequantize_kernel<T>, ceil_div(n, kDequantizeTile * kWarps), 1, kThreads, stream,

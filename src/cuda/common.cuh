@@ -132,23 +132,23 @@ __device__ __forceinline__ float level_of(float lane_level, uint32_t word, int e
   return __shfl_sync(kFullWarp, lane_level, int(word >> nibble_shift(element)), 16);
 }
 
-// struct Absmax with its divisions prepared.
+// struct Absmax with its division turned into a shift.
 struct Scales {
   Absmax absmax;
   int nested_shift;
 };
 
-inline Scales prepare(const Absmax& absmax) { return {absmax, log2_or_minus_one(absmax.nested_block_size)}; }
-
-__device__ __forceinline__ int64_t nested_block(const Scales& scales, int64_t block) {
-  return quotient(block, scales.absmax.nested_block_size, scales.nested_shift);
+inline Scales prepare(const Absmax& absmax) {
+  const int shift = log2_or_minus_one(absmax.nested_block_size);
+  if (absmax.codes != nullptr && shift < 0) throw std::runtime_error("nested_block_size must be a power of two");
+  return {absmax, shift};
 }
 
 // The absmax that decodes block `b`: two dependent loads under double quantization, both hit L1 or L2.
 __device__ __forceinline__ float decoding_absmax(const Scales& scales, int64_t b) {
   const Absmax& a = scales.absmax;
   if (a.codes == nullptr) return __ldg(a.absmax + b);
-  float nested = __ldg(a.nested_absmax + nested_block(scales, b));
+  float nested = __ldg(a.nested_absmax + (b >> scales.nested_shift));
   return double_decode(__ldg(a.map + __ldg(a.codes + b)), nested, __ldg(a.mean));
 }
 

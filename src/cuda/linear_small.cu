@@ -80,7 +80,7 @@ __device__ __forceinline__ Step<R> load_step(const uint8_t* packed, const Scales
         step.absmax[tile][half] = __ldg(scales.absmax.absmax + block);
       } else {
         step.absmax_code[tile][half] = __ldg(scales.absmax.codes + block);
-        step.absmax[tile][half] = __ldg(scales.absmax.nested_absmax + nested_block(scales, block));
+        step.absmax[tile][half] = __ldg(scales.absmax.nested_absmax + (block >> scales.nested_shift));
       }
     }
   }
@@ -198,7 +198,7 @@ constexpr int kSimtRows = 4;  // rows a block: x is read once for all of them
 
 // M tokens at blockIdx.y * M; every warp takes its share of the chunks of 256 columns, 8 a lane.
 template <class T, int M>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, M == 1 ? 4 : 2)
     linear_simt_kernel(const T* __restrict__ x, const uint8_t* __restrict__ packed,
                        const __grid_constant__ Scales scales, const __grid_constant__ Codebook codebook,
                        const T* __restrict__ bias, T* __restrict__ y, const __grid_constant__ Shape shape) {
