@@ -148,7 +148,7 @@ def test_verdicts_are_at_the_edge():
     result = estimate(models.model("llama-33b"), Settings(seq=1024))
     for card in cards.CARDS:
         v = cards.verdict(result, card)
-        needs = lambda **change: estimate(result.architecture, replace(result.settings, **change)).needed  # noqa: E731
+        needs = lambda **change: estimate(result.architecture, replace(result.settings, **change)).needed
         if v.longest_sequence:
             assert needs(seq=v.longest_sequence) <= card.size < needs(seq=v.longest_sequence + 16)
         if v.largest_batch:
@@ -237,6 +237,10 @@ def test_the_estimate_needs_only_the_standard_library():
         "print([m for m in ('torch', 'numpy', 'tabulate', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT / "python")}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(ROOT / "python")},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.strip() == "[]"

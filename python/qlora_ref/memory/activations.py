@@ -9,7 +9,7 @@ e bytes of an activation element, c of an element of a product (they differ when
 
 from dataclasses import dataclass
 
-from .architecture import Architecture, Matrix
+from .architecture import MLP, Architecture, Matrix
 from .settings import Settings
 
 FP32 = 4
@@ -115,31 +115,48 @@ class Layer:
 
     def moments(self) -> list[Moment]:
         """The candidates for the worst instant, in the order of the backward."""
-        a, s, e, c, T = self.a, self.s, self.e, self.c, self.T
-        h, f, S = a.hidden, a.intermediate, self.saved()
-        down = self.matrices.get("down_proj")
-        norm = FP32 * NORM_TEMPORARIES * T * h + e * T * h * (1 if a.norms == 4 else 2)
-        out = []
-        if down:
-            scratch = c * down.size if s.quantized else 0
-            cast = c * T * h * (e != c)
-            branch, gradients = self.branch_backward(down)
-            if s.checkpointing:
-                out.append(Moment("down recompute", self.recompute(), scratch))
-            out.append(Moment("down dequantized", S + e * T * h + cast + c * T * f + branch, scratch, gradients))
-            if "down_proj" in self.targets:
-                out.append(Moment("down adapter", S + e * T * h + cast + 2 * c * T * f + branch, 0, gradients))
-            product = self.linear_inputs("down_proj")
-            out.append(Moment("product", S - product + e * T * (h + 3 * f), 0, gradients))
-        else:
-            k = a.experts_per_token
-            out.append(Moment("experts", S - e * k * T * h + e * T * (h + 3 * k * f)))
+        mlp = self.mlp_moments() if "down_proj" in self.matrices else [self.expert_moment()]
+        return mlp + self.attention_moments()
+
+    def mlp_moments(self) -> list[Moment]:
+        """Around the last linear layer of the block, whose backward finds everything else still saved."""
+        s, e, c, T = self.s, self.e, self.c, self.T
+        h, f, S = self.a.hidden, self.a.intermediate, self.saved()
+        down = self.matrices["down_proj"]
+        scratch = c * down.size if s.quantized else 0
+        branch, gradients = self.branch_backward(down)
+        arriving = e * T * h + c * T * h * (e != c)
+        out = [Moment("down recompute", self.recompute(), scratch)] if s.checkpointing else []
+        out.append(Moment("down dequantized", S + arriving + c * T * f + branch, scratch, gradients))
+        if "down_proj" in self.targets:
+            out.append(Moment("down adapter", S + arriving + 2 * c * T * f + branch, 0, gradients))
+        product = self.linear_inputs("down_proj")
+        return [*out, Moment("product", S - product + e * T * (h + 3 * f), 0, gradients)]
+
+    def expert_moment(self) -> Moment:
+        k, h, e = self.a.experts_per_token, self.a.hidden, self.e
+        return Moment("experts", self.saved() - e * k * self.T * h + e * self.T * (h + 3 * k * self.a.intermediate))
+
+    def attention_moments(self) -> list[Moment]:
+        """Norms, whose backward in plain PyTorch makes five fp32 tensors, and the softmax of eager attention."""
+        a, s, e, T, h, S = self.a, self.s, self.e, self.T, self.a.hidden, self.saved()
+        norm = FP32 * NORM_TEMPORARIES * T * h
+        done = self.gradients(*MLP) if a.norms == 2 else 0
+        out = [Moment("norm", S + norm + e * T * h, 0, 0) if a.norms == 4 else
+               Moment("norm", S - self.mlp() + norm + 2 * e * T * h, 0, done)]  # fmt: skip
         if s.attention == "eager":
             scores = 3 * FP32 * T * s.seq * a.heads
             kept = S - self.mlp() - self.attention() - FP32 * T * h
-            out.append(Moment("softmax", kept + scores + e * T * (2 * h + 2 * a.query_width + a.query_width)))
-        out.append(Moment("norm", (S if a.norms == 4 else S - self.mlp()) + norm))
-        return out
+            working = kept + scores + e * T * (2 * h + 3 * a.query_width)
+            out.append(Moment("softmax", working, 0, done + self.gradients("o_proj")))
+        inputs = FP32 * T * h * (e < FP32) + norm + e * T * h
+        return [*out, Moment("first norm", inputs, 0, self.gradients(*self.matrices))]
+
+    def gradients(self, *names: str) -> int:
+        """Gradients that the backward of these linear layers has left behind; accumulated ones are there anyway."""
+        if self.s.keeps_gradients:
+            return 0
+        return sum(self.branch_backward(self.matrices[name])[1] for name in names if name in self.matrices)
 
     def recompute(self) -> int:
         """The layer's last product computed again: its input, the residual, the MLP's input, the incoming gradient
