@@ -4,7 +4,7 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,7 +34,7 @@ SIGNATURES = {
 RESULTS = {"divide": LONG, "position": LONG, "position_in_tile": LONG, "bins_usable": INT}
 
 
-@lru_cache(maxsize=None)
+@cache
 def launchers() -> SimpleNamespace:
     """The launchers as functions; compiles for about five seconds, once a process."""
     flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]

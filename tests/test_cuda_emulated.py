@@ -8,8 +8,8 @@ import ctypes
 
 import pytest
 import torch
-from emulated_cuda import CXX, EmulatedBackend, as_tuple, launchers, run
 
+from emulated_cuda import CXX, EmulatedBackend, as_tuple, launchers, run
 from qlora_ref import native, ops
 from qlora_ref.quantized import QuantConfig, QuantizedTensor
 from qlora_ref.reference.codebook import NAMES, get_codebook
@@ -92,7 +92,7 @@ def test_every_tiling(choice, dtype, emulated, guarded_outputs):
 @pytest.mark.parametrize("major", [7, 9], ids=["simt", "mma"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
 def test_one_weight_whatever_the_batch(dtype, major, emulated):
-    """x = a row of the identity reads W' out: the fused kernel's weight has the very bits of dequantize, for every m."""
+    """x = rows of the identity read W' out: the fused kernel's weight has the very bits of dequantize, for every m."""
     emulated._c.set_device(major, 4)
     arguments = linear_arguments(1, 24, 96, dtype, bias=False)
     weight = ops._REFERENCE["dequantize_4bit"](*arguments[1:9], (24, 96), dtype)
@@ -127,7 +127,8 @@ def test_positions_beyond_two_to_the_31(emulated):
 
 def test_output_rows_with_a_stride(emulated):
     """The scratch of cuda_linear.py: W' in the left columns of a wider matrix, the rest untouched."""
-    for rows, cols, extra, dtype in [(70, 96, 64, torch.bfloat16), (33, 129, 7, torch.float16), (9, 72, 4, torch.float32)]:
+    shapes = (70, 96, 64, torch.bfloat16), (33, 129, 7, torch.float16), (9, 72, 4, torch.float32)
+    for rows, cols, extra, dtype in shapes:
         arguments = linear_arguments(1, rows, cols, dtype, bias=False)[1:9]
         expected = ops._REFERENCE["dequantize_4bit"](*arguments, (rows, cols), dtype)
         wide = torch.full((rows, cols + extra), 7.0, dtype=dtype)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from emulated_cuda import CXX, EmulatedCudaBackend, as_tuple, launchers, run
 
+from emulated_cuda import CXX, EmulatedCudaBackend, as_tuple, launchers, run
 from qlora_ref.cuda_linear import FUSED_TOKENS, Scratch, fused_tokens, padded_rank, unusable
 from qlora_ref.quantized import QuantizedTensor
 from qlora_ref.testing.cases import BOUND, cases
@@ -19,17 +19,16 @@ def backend() -> EmulatedCudaBackend:
 
 
 def assert_in_class(op, actual, arguments):
-    """Within the rounding bound. (The products are torch's own here, in another order, so "twice torch" says nothing.)"""
+    """Within the rounding bound. (The products are torch's own here, in another order: "twice torch" says nothing.)"""
     for out, (name, value, bound) in zip(as_tuple(actual), bounds(op, arguments, ACCUMULATE_CPU), strict=True):
         assert_within_bound(out, out, value, bound, f"{op} {name}")
 
 
+SMALL = [c for c in cases() if c.parity == BOUND and c.params["n"] * c.params["k"] < 2**15]
+
+
 @needs_cxx
-@pytest.mark.parametrize(
-    "case",
-    [c for c in cases() if c.parity == BOUND and c.params["n"] * c.params["k"] < 2**15 and "quant_type" not in c.params],
-    ids=lambda c: c.id,
-)
+@pytest.mark.parametrize("case", [c for c in SMALL if "quant_type" not in c.params], ids=lambda c: c.id)
 def test_bound(case, backend):
     """Every linear op, few tokens and many, within its rounding bound."""
     assert_in_class(case.op, run(backend, case.op, case.arguments()), case.arguments())

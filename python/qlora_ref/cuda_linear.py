@@ -9,12 +9,12 @@ product on an H200, and PEFT makes about six. Here the adapter rides inside the 
     y  = [x | s x A^T] @ [W' | B]^T         u = s x A^T is written into the tail of a copy of x
     dx = [dy | s dy B] @ [W' ; A]           likewise
 
-The scratch matrix is therefore (out + rank, in + rank): W' top left, B to its right, A below it. The copy of x costs two
-passes over x; adding the adapter to y afterwards (`addmm_`) costs two passes over y. So the extension is used where x is
-not wider than y, else `addmm_`.
+The scratch matrix is therefore (out + rank, in + rank): W' top left, B to its right, A below it. The copy of x costs
+two passes over x; adding the adapter to y afterwards (`addmm_`) costs two passes over y. So the extension is used where
+x is not wider than y, else `addmm_`.
 
-Gradient checkpointing decodes every weight twice in a row, in the recomputed forward and in the backward. `Scratch` keeps
-the latest decoded weights within a budget, so that the backward finds what the recomputation left.
+Gradient checkpointing decodes every weight twice in a row, in the recomputed forward and in the backward. `Scratch`
+keeps the latest decoded weights within a budget, so that the backward finds what the recomputation left.
 """
 
 from collections import OrderedDict
@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import linear
 
-# Most tokens for the fused kernel, by dtype and first digit of the compute capability (0: any older). Above, dequantize +
-# cuBLAS. Start values from estimates (docs/08_kernels_cuda.md), not yet measured: tools/bench.py prints both paths.
+# Most tokens for the fused kernel, by dtype and first digit of the compute capability (0: any older). Above,
+# dequantize + cuBLAS. Start values by estimate (docs/08_kernels_cuda.md), not yet measured: tools/bench.py prints both.
 FUSED_TOKENS = {
     torch.bfloat16: {8: 32, 0: 8},
     torch.float16: {8: 32, 0: 8},
@@ -208,8 +208,8 @@ def unusable(archs: str, capabilities: list[int], driver: int, runtime: int) -> 
     if driver // 1000 < runtime // 1000:
         need, have = f"{runtime // 1000}.{runtime % 1000 // 10}", f"{driver // 1000}.{driver % 1000 // 10}"
         return (
-            f"the NVIDIA driver knows CUDA {have} and the kernels were built with {need}; update the driver, or rebuild "
-            f"with a CUDA {driver // 1000} toolkit"
+            f"the NVIDIA driver knows CUDA {have} and the kernels were built with {need}; update the driver, or "
+            f"rebuild with a CUDA {driver // 1000} toolkit"
         )
     for capability in capabilities:
         if not any(_covers(arch, capability) for arch in archs.split()):
