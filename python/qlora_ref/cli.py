@@ -17,6 +17,7 @@ VERBS = {
     "train": ("qlora_ref.finetune.train_cli", "fine-tune a local causal language model with QLoRA"),
     "demo": ("qlora_ref.finetune.demo_cli", "fine-tune the embedded model and show everything (make demo)"),
     "preview": ("qlora_ref.finetune.preview_cli", "a few training examples as tokens, with their loss mask"),
+    "sweep": ("qlora_ref.finetune.sweep_cli", "many fine-tunes from one grid file, compared in pairs"),
     "estimate": ("qlora_ref.memory.cli", "will it fit? memory by category, and a verdict per card"),
     "eval": ("qlora_ref.evaluation.cli", "relative scores, Elo tournaments, agreement, MMLU, judges, reports"),
 }

@@ -29,8 +29,8 @@ def opt(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
 class TrainConfig:
     """All keys of `qlora-ref train`. `None` and "auto" are decided at the start and written to the resolved config."""
 
-    model: str = opt("", "folder of a Hugging Face model (config.json, *.safetensors, tokenizer)")
-    data: str = opt("", "training data: .json, .jsonl, .csv, .tsv or .parquet, optionally .gz")
+    model: str = opt("", "folder of a Hugging Face model (config.json, *.safetensors, tokenizer), or: embedded")
+    data: str = opt("", "training data: .json, .jsonl, .csv, .tsv or .parquet, optionally .gz; or: embedded")
     output: str = opt("", "folder to write; must not hold a run yet")
     resume: bool = opt(False, "continue the run in --output from its last checkpoint")
 

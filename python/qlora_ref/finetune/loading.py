@@ -126,8 +126,8 @@ def _first_line(error: Exception) -> str:
     return text.splitlines()[0].rstrip(".") + "."
 
 
-def load_base(path: str, dtype: torch.dtype) -> torch.nn.Module:
-    """A causal language model from a local folder, on the CPU, all weights in `dtype`."""
+def load_base(path: str, dtype: torch.dtype | str) -> torch.nn.Module:
+    """A causal language model from a local folder, on the CPU, all weights in `dtype` ("auto": as saved)."""
     from transformers import AutoModelForCausalLM
 
     try:

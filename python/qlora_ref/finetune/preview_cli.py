@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from ..cli import UserError
-from . import flags
+from . import flags, run
 from .config import TrainConfig
 from .encode import Encoded, conversations, encode, find_format
 from .loading import check_model_folder, load_tokenizer, require_transformers
@@ -26,6 +26,7 @@ def main(argv: list[str]) -> int:
     for key in ("model", "data"):
         if not getattr(config, key):
             raise UserError(f"--{key} is missing.")
+    config = run.embedded(config)
     check_model_folder(config.model)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(preview(config, load_tokenizer(config.model), examples, colour))

@@ -44,6 +44,21 @@ class Prepared:
     dtype: torch.dtype
 
 
+def embedded(config: TrainConfig) -> TrainConfig:
+    """`--model embedded` and `--data embedded` are the small model and the questions that come with the package."""
+    from ..data import stdlib_qa_path, tiny_base_path
+
+    try:
+        if config.model == "embedded":
+            config = config.replace(model=str(tiny_base_path()))
+        if config.data == "embedded":
+            heldout = config.eval_data or str(stdlib_qa_path("heldout"))
+            config = config.replace(data=str(stdlib_qa_path("train")), eval_data=heldout)
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from None
+    return config
+
+
 def check_output(config: TrainConfig) -> None:
     """UserError unless the output folder can take this run: new or empty, or with --resume one that holds a run."""
     if not config.output:
@@ -102,6 +117,7 @@ def prepare(config: TrainConfig) -> Prepared:
         if not getattr(config, key):
             raise UserError(f"--{key} is missing: {config_module.FIELDS[key].metadata['help']}.")
     check_output(config)
+    config = embedded(config)
     loggers.check(config)
     _check_lengths(config, check_model_folder(config.model))
     device = resolve_device(config.device)
