@@ -88,10 +88,11 @@ class PagedAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with_grad = [p for p in self._params() if p.grad is not None]
-        flat = {p: (local_tensor(p).detach().view(-1), _flat_grad(p)) for p in with_grad}  # all checks come first
         self._build(with_grad)
         for states in self._device_states.values():
             states.prepare()
+        flat = {p: (local_tensor(p).detach().view(-1), _flat_grad(p)) for p in with_grad}
+        # Whatever can be refused has been by now: from here on parameters and states change.
         for p in with_grad:
             if "step" not in self.state[p]:
                 self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=flat[p][0].device)
