@@ -233,7 +233,7 @@ class Backend:
         if x.dtype == torch.float64:
             weight = self.dequantize_4bit(*weight_args, (out_features, in_features), x.dtype)
             return torch.nn.functional.linear(x, weight, bias)
-        x = _check_float("x", x)
+        x = _check("x", _check_float("x", x), x.dtype, x.numel(), packed.device)
         weight, kept = self._weight(*weight_args, out_features, in_features)
         if bias is not None:
             bias = _check("bias", bias, x.dtype, out_features, x.device)
@@ -265,7 +265,7 @@ class Backend:
         out_features = dy.shape[-1]
         if dy.dtype == torch.float64:
             return dy @ self.dequantize_4bit(*weight_args, (out_features, in_features), dy.dtype)
-        dy = _check_float("dy", dy)
+        dy = _check("dy", _check_float("dy", dy), dy.dtype, dy.numel(), packed.device)
         weight, kept = self._weight(*weight_args, out_features, in_features)
         dx = torch.empty((*dy.shape[:-1], in_features), dtype=dy.dtype, device=dy.device)
         tokens = dy.numel() // out_features if out_features else dx.numel() // max(in_features, 1)
