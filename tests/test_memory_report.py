@@ -166,6 +166,23 @@ def test_memory_on_a_cpu(name, reading):
     assert expected == pytest.approx(measured, rel=0.05 if reading == "resident growth" else 0.005)
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "limit"), [("llama-7b", 8e9), ("llama-33b", None), ("llama-65b", 48e9)])
+def test_three_steps_on_a_gpu(name, limit):
+    """Random weights, three steps: the allocator's peak within 5 % of the estimate, 7B under 8 GB, 65B under 48 GB."""
+    torch = pytest.importorskip("torch")
+    from qlora_ref.memory.measure import measure
+
+    result = estimate(models.model(name), Settings())
+    if torch.cuda.mem_get_info()[0] < result.needed:
+        pytest.skip(f"{name} needs {result.needed / 1e9:.0f} GB of free GPU memory")
+    measured = measure(models.hf_config(name), result.architecture, Settings(), "cuda")
+    allocated = measured.values["allocated"]
+    assert result.allocated + result.kept == pytest.approx(allocated, rel=0.05)
+    assert limit is None or measured.values["used on the card"] < limit
+
+
 @pytest.mark.hf
 def test_measure_without_a_gpu_says_what_to_do():
     torch = pytest.importorskip("torch")

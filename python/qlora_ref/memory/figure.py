@@ -63,7 +63,7 @@ def _card_lines(axes, top: float) -> None:
         if size < 1.25 * top:
             axes.axhline(size, color="#888888", linewidth=0.7, linestyle=":")
             axes.annotate(
-                card.name, (1.0, size), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom"
+                card.name, (1.01, size), xycoords=("axes fraction", "data"), fontsize=7, ha="left", va="center"
             )
 
 

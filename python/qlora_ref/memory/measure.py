@@ -83,24 +83,36 @@ def attention_of(settings: Settings) -> str:
 
 
 def measure_cuda(config: dict, architecture: Architecture, settings: Settings, device: str) -> Measurement:
-    free_before, total = torch.cuda.mem_get_info(device)
+    """Peaks of torch's caching allocator over three steps, and what of the card is used after them."""
+    _clear_cuda()
     torch.cuda.reset_peak_memory_stats(device)
     graph = build(config, architecture, settings, device, attention_of(settings))
     train(graph.model, settings, device)
     torch.cuda.synchronize(device)
-    free_after, _ = torch.cuda.mem_get_info(device)
-    used = total - free_after
+    free, total = torch.cuda.mem_get_info(device)
+    values = {
+        "allocated": torch.cuda.max_memory_allocated(device),
+        "reserved": torch.cuda.max_memory_reserved(device),
+        "used on the card": total - free,
+    }
+    outside = total - free - torch.cuda.memory_reserved(device)
+    del graph
+    _clear_cuda()
     name = torch.cuda.get_device_name(device)
-    others = total - free_before
-    return Measurement(
-        f"{name}, torch {torch.__version__}",
-        {
-            "allocated": torch.cuda.max_memory_allocated(device),
-            "reserved": torch.cuda.max_memory_reserved(device),
-            "used on the card": used,
-        },
-        [f"{others / 2**20:.0f} MiB of the card were in use before, this process's CUDA context among them."],
+    note = (
+        f"{outside / 2**20:.0f} MiB of the card are outside torch's allocator: the CUDA context, and other processes."
     )
+    return Measurement(f"{name}, torch {torch.__version__}", values, [note])
+
+
+def _clear_cuda() -> None:
+    """Give back what an earlier model in this process left: decoded weights, garbage, cached blocks."""
+    from .. import native
+
+    if native.cuda is not None:
+        native.cuda.scratch.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def measure_cpu(config: dict, settings: Settings, readings=("CPU allocator", "resident growth")) -> Measurement:
