@@ -3,6 +3,7 @@
 Only local folders and only safetensors: no network, no pickle, no code from the folder.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ def load_model(
         _folder(adapter, "adapter_config.json", "PEFT adapter")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     kwargs: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    saved = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if quantize and saved:
+        raise BadInput(f"{path} is quantized already; leave out --quantize.")
+    if saved and saved.get("quant_method") == "qlora_ref":
+        from .. import hf  # noqa: F401 (registers the quantizer that reads this folder)
     if quantize:
         kwargs |= _quantization(quantize)
     model: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, use_safetensors=True, **kwargs)
