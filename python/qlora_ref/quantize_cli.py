@@ -4,7 +4,8 @@ For every 2-D floating-point weight W of a safetensors file: W' = dequantize(qua
 
     relative RMSE = |W' - W| / |W|  (Frobenius norms),      bits a weight as stored
 
-per data type; at the end the mean of the layers, and the same over all weights together. Embeddings and norms are left out, as in fine-tuning.
+per data type; at the end the mean of the layers, and the same over all weights together. Embeddings and norms are left
+out, as in fine-tuning.
 """
 
 import math
