@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from evaluation_stub_server import StubServer
 
+from evaluation_stub_server import StubServer
 from qlora_ref.cli import UserError
 from qlora_ref.evaluation import cli
 from qlora_ref.evaluation.endpoint import CallFailed, Endpoint, EndpointRefuses
@@ -28,7 +28,9 @@ MESSAGES = [{"role": "user", "content": "hello"}]
 @pytest.fixture
 def benchmark(tmp_path):
     """Four questions, three systems; the command line that judges them."""
-    questions = [{"question_id": q, "text": f"Question {q}?", "category": c} for q, c in enumerate(["math", "coding", "x", "x"])]
+    questions = [
+        {"question_id": q, "text": f"Question {q}?", "category": c} for q, c in enumerate(["math", "coding", "x", "x"])
+    ]
     _write(tmp_path / "questions.jsonl", questions)
     command = ["judge", "--questions", str(tmp_path / "questions.jsonl"), "--out", str(tmp_path / "ratings.jsonl")]
     for name in ("one", "two", "chatgpt"):
@@ -52,9 +54,7 @@ def test_prompts_equal_the_published_ones(data_dir):
     for key, kind in names.items():
         for prompt in published[key]:
             category = prompt["category"]
-            want = prompt["prompt_template"].format(
-                question="Q {x}", answer_1="A", answer_2="B", **prompt["defaults"]
-            )
+            want = prompt["prompt_template"].format(question="Q {x}", answer_1="A", answer_2="B", **prompt["defaults"])
             got = judge_messages(kind, category, "Q {x}", "A", "B")
             assert [m["content"] for m in got] == [prompt["system_prompt"], want]
     assert prompt_id("threeclass", "math") == 3 and prompt_id("oa-threeclass", "math") == 1
@@ -146,7 +146,7 @@ def test_the_key_is_sent_and_never_shown(benchmark, monkeypatch, capsys):
     command, out = benchmark
     key = "sk-very-secret-123"
     monkeypatch.setenv("MY_KEY", key)
-    plan = lambda n: 400 if n == 3 else 500 if n == 5 else "ok"  # noqa: E731 (the server echoes the key in its errors)
+    plan = lambda n: 400 if n == 3 else 500 if n == 5 else "ok"
     with StubServer(plan=plan) as stub:
         endpoint = Endpoint(stub.url, "m", key_env="MY_KEY")
         assert cli.main([*command, *_endpoint(stub), "--key-env", "MY_KEY", "--workers", "1"]) == 1
@@ -168,7 +168,7 @@ def test_judging_a_hostile_server_rates_every_pair_once(benchmark, capsys):
     command, out = benchmark
     rng = random.Random(0)
     faults = [rng.choice(["ok", "ok", "ok", 500, 429, "garbage", "cut", "empty"]) for _ in range(1000)]
-    reply = lambda prompt: "no idea" if "one says 2" in prompt else "fine\n1"  # noqa: E731
+    reply = lambda prompt: "no idea" if "one says 2" in prompt else "fine\n1"
     with StubServer(plan=lambda n: 500 if faults[n] == 429 else faults[n], reply=reply) as stub:
         assert cli.main([*command, *_endpoint(stub), "--retries", "30"]) == 0
         assert set(stub.seen.values()) == {1} and len(stub.seen) == 3 * 2 * 4
@@ -293,7 +293,7 @@ def test_answers_with_gaps_are_refused_or_named(benchmark, capsys):
 
 
 def test_only_one_process_writes_a_ledger(tmp_path):
-    key = lambda row: row["k"]  # noqa: E731
+    key = lambda row: row["k"]
     with Ledger(tmp_path / "l.jsonl", {"v": 1}, key) as ledger:
         ledger.append({"k": 1})
         with pytest.raises(BadInput, match="another process"), Ledger(tmp_path / "l.jsonl", {"v": 1}, key):

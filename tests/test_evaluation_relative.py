@@ -87,9 +87,7 @@ def test_paired_interval_covers_as_often_as_it_says():
         c = rng.uniform(6, 10, 80)
         m = np.clip(0.8 * c + rng.normal(0, 1, 80), 0, 10)
         rows = [
-            row(q, f, [c[q], m[q]] if f == "chatgpt" else [m[q], c[q]])
-            for q in range(80)
-            for f in ("chatgpt", "sys")
+            row(q, f, [c[q], m[q]] if f == "chatgpt" else [m[q], c[q]]) for q in range(80) for f in ("chatgpt", "sys")
         ]
         (s,) = relative_table(rows).scores
         covered += abs(s.mean_percent - 80) <= s.paired_half_width_percent
@@ -161,10 +159,7 @@ def test_command_line_prints_table_rule_and_verdict(data_dir, capsys, tmp_path):
     assert "78 of 84 cells" in text and "ratio of sums" in text and "gpt-4 68" in text
     assert cli.main(["relative", path, "--format", "json", "--out", str(tmp_path / "t.json")]) == 0
     loaded = json.loads((tmp_path / "t.json").read_text())
-    assert (
-        len(loaded["tables"]["scores"]) == 36
-        and len(loaded["tables"]["cells that differ from the paper"]) == 6
-    )
+    assert len(loaded["tables"]["scores"]) == 36 and len(loaded["tables"]["cells that differ from the paper"]) == 6
     capsys.readouterr()
     assert cli.main(["relative", path, "--format", "csv", "--interval", "paired"]) == 0
     out = capsys.readouterr()

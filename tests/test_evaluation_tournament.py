@@ -30,8 +30,7 @@ def expected(data_dir):
 
 def human(a, b, item, labels, key="question_id"):
     return [
-        {"_where": f"h:{item}.{i}", "a": a, "b": b, key: item, "annotator": i, "score": s}
-        for i, s in enumerate(labels)
+        {"_where": f"h:{item}.{i}", "a": a, "b": b, key: item, "annotator": i, "score": s} for i, s in enumerate(labels)
     ]
 
 
@@ -46,9 +45,7 @@ def test_labels_net_table_and_positions_are_exact(ratings, expected):
         }
         assert ours[pair]["net"] == pytest.approx(want["net"], abs=0.5e-6 * 1.001)
     bias = order_bias(ratings.votes)
-    assert (bias.first_wins, bias.second_wins, bias.ties, bias.unparsed) == tuple(
-        expected["position"].values()
-    )
+    assert (bias.first_wins, bias.second_wins, bias.ties, bias.unparsed) == tuple(expected["position"].values())
 
 
 @pytest.mark.parametrize("k", [4, 32])
@@ -111,9 +108,7 @@ def test_vectorised_orderings_equal_the_replay(k):
     many = elo.replay_many(matches, orders, settings)
     for order, final in zip(orders, many, strict=True):
         turned = to_matches([WORKED[i] for i in order])
-        assert dict(zip(matches.names, final, strict=True)) == pytest.approx(
-            elo.replay(turned, settings), rel=1e-14
-        )
+        assert dict(zip(matches.names, final, strict=True)) == pytest.approx(elo.replay(turned, settings), rel=1e-14)
     notes = {
         4.0: (
             [999.9884209309151, 998.0115127982992, 1002.0000662707856],
@@ -190,9 +185,7 @@ def test_open_assistant_rows_any_systems_and_message_ids(tmp_path, capsys):
 
 def test_human_majority_no_majority_and_first_appearance_order():
     rows = human("x", "y", 1, [1, 1, 2]) + human("y", "z", 2, [1, 2, 3]) + human("z", "x", 3, [3, 1, 1])
-    mixed = [
-        rows[i] for i in (0, 3, 6, 1, 4, 7, 2, 5, 8)
-    ]  # annotations interleaved; items keep their first place
+    mixed = [rows[i] for i in (0, 3, 6, 1, 4, 7, 2, 5, 8)]  # annotations interleaved; items keep their first place
     ratings = read_ratings(mixed)
     assert ratings.votes == WORKED
     assert (ratings.n_without_majority, ratings.label_counts) == (1, Counter({1: 5, 2: 2, 3: 2}))
@@ -282,8 +275,7 @@ def test_human_against_judge_from_files(tmp_path, capsys):
 def test_csv_import_maps_columns_and_words(tmp_path, capsys):
     source = tmp_path / "sheet.csv"
     source.write_text(
-        "Left,Right,question_id,annotator,Verdict\n"
-        + "".join(f"x,y,{q},{n},left\n" for q in (1, 2) for n in range(3))
+        "Left,Right,question_id,annotator,Verdict\n" + "".join(f"x,y,{q},{n},left\n" for q in (1, 2) for n in range(3))
     )
     out = tmp_path / "human.jsonl"
     command = ["import-csv", str(source), "--out", str(out)]
@@ -308,10 +300,7 @@ def test_command_line_elo(data_dir, capsys):
     assert result["settings"]["k"] == 4 and result["settings"]["matches"] == 4467
     assert len(result["tables"]["paper Table 1"]) == 8
     assert all(line["within 5 se + 0.5"] for line in result["tables"]["paper Table 1"])
-    assert (
-        cli.main(["elo", path, "--k", "16", "--orderings", "10", "--format", "csv", "--table", "ratings"])
-        == 0
-    )
+    assert cli.main(["elo", path, "--k", "16", "--orderings", "10", "--format", "csv", "--table", "ratings"]) == 0
     assert "k 16.0" in capsys.readouterr().err
     with pytest.raises(UserError, match="no table 'nets'"):
         cli.main(["elo", path, "--orderings", "10", "--table", "nets"])
