@@ -44,6 +44,10 @@ class QuantizeOp(ConversionOps):
         return stored
 
 
+def _is_bnb_read(conversion) -> bool:
+    return any(isinstance(op, bnb_format.ReadOp) for op in getattr(conversion, "operations", ()))
+
+
 @register_quantizer(QUANT_METHOD)
 class QLoraQuantizer(HfQuantizer):
     """4-bit layers for transformers. One line of state: how the next `save_pretrained` names its tensors."""
@@ -117,6 +121,8 @@ class QLoraQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         self._check_complete(model)
+        read = [c for c in model._weight_conversions or [] if not _is_bnb_read(c)]
+        model._weight_conversions = read  # saving reverses the rest; ours needs none, the names are already ours
         self.quantization_config.checkpoint_format = "qlora_ref"  # what the next save_pretrained writes
         model.is_loaded_in_4bit = True  # the flag PEFT, TRL and accelerate look at
         return model
