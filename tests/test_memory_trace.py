@@ -99,8 +99,9 @@ def test_every_category_is_where_the_trace_sees_it():
 
 
 @pytest.mark.parametrize("base", [PAPER, PEFT], ids=["paper", "PEFT"])
-def test_7b(base):
-    result, traced = check(models.hf_config("llama-7b"), preset(base, Settings()))
+def test_six_layers_of_7b(base):
+    fields = {**models.hf_config("llama-7b"), "num_hidden_layers": 6}
+    result, traced = check(fields, preset(base, Settings()))
     assert result.peak_phase == traced.peak_phase
 
 
