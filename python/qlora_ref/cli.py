@@ -18,6 +18,9 @@ VERBS = {
     "demo": ("qlora_ref.finetune.demo_cli", "fine-tune the embedded model and show everything (make demo)"),
     "preview": ("qlora_ref.finetune.preview_cli", "a few training examples as tokens, with their loss mask"),
     "sweep": ("qlora_ref.finetune.sweep_cli", "many fine-tunes from one grid file, compared in pairs"),
+    "generate": ("qlora_ref.finetune.generate_cli", "answer a prompt, or every row of a file"),
+    "chat": ("qlora_ref.finetune.chat_cli", "talk to a model or an adapter on the terminal"),
+    "serve": ("qlora_ref.finetune.serve_cli", "a web page and an OpenAI-compatible endpoint, on loopback"),
     "estimate": ("qlora_ref.memory.cli", "will it fit? memory by category, and a verdict per card"),
     "eval": ("qlora_ref.evaluation.cli", "relative scores, Elo tournaments, agreement, MMLU, judges, reports"),
 }
@@ -52,7 +55,3 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"qlora-ref {verb}: {error}", file=sys.stderr)
         return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())
