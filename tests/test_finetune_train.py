@@ -265,7 +265,7 @@ def _start_cli(settings, *more):
     keys = ("model", "data", "device", "max_examples", "max_length", "eval_size", "batch_size", "grad_accum",
             "lora_rank", "lr", "max_steps", "save_steps", "eval_steps")  # fmt: skip
     flags = [x for k in keys for x in ("--" + k.replace("_", "-"), str(getattr(settings, k)))]
-    arguments = [sys.executable, "-m", "qlora_ref.cli", "train", "--output", settings.output, *(more or flags)]
+    arguments = [sys.executable, "-m", "qlora_ref", "train", "--output", settings.output, *(more or flags)]
     return subprocess.Popen(arguments, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
