@@ -87,9 +87,10 @@ def test_page_boundaries_do_not_round_differently():
     whole."""
     ours, theirs = parameters(shapes=[(1_000_013,)]), parameters(shapes=[(1_000_013,)])
     paged = PagedAdamW(ours, paging="cpu", page_bytes=1 << 16, pool_bytes=16 << 16)
-    train(paged, ours, range(2), missing=False)
-    train(torch.optim.AdamW(theirs, fused=True), theirs, range(2), missing=False)
+    torchs = torch.optim.AdamW(theirs, fused=True)
+    train(paged, ours, range(3), missing=False), train(torchs, theirs, range(3), missing=False)
     assert_same(ours, theirs)
+    assert_same_state(paged.state_dict(), torchs.state_dict())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

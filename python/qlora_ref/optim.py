@@ -87,36 +87,40 @@ class PagedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with_grad = [p for p in self._params() if p.grad is not None]
-        self._build(with_grad)
+        self._build([p for p in self._params() if p.grad is not None])
+        plans = []
         for states in self._device_states.values():
             states.prepare()
-        flat = {p: (local_tensor(p).detach().view(-1), _flat_grad(p)) for p in with_grad}
-        # Whatever can be refused has been by now: from here on parameters and states change.
-        for p in with_grad:
-            if "step" not in self.state[p]:
-                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=flat[p][0].device)
-        for states in self._device_states.values():
-            mine = [i for i, p in enumerate(states.params) if p in flat]
-            if mine:
-                self._step_device(states, mine, flat)
+            plans.append((states, states.grads()))
+        for states, grads in plans:  # whatever can be refused has been by now
+            if grads:
+                self._step_device(states, grads)
         return loss
 
-    def _step_device(self, states: _DeviceStates, mine: list[int], flat: dict[Tensor, tuple]) -> None:
-        group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
-        steps = {i: self.state[states.params[i]]["step"] for i in mine}
+    def _step_device(self, states: _DeviceStates, grads: dict[int, tuple[Tensor, ...]]) -> None:
+        """`grads`: the pieces of the gradient of each of this device's parameters that has one, by its index."""
+        number = {id(p): k for k, group in enumerate(self.param_groups) for p in group["params"]}
+        groups = {i: number[id(states.params[i])] for i in grads}
+        params = {i: states.param(i) for i in grads}
+        steps = {i: self._step_of(states.params[i], states.device) for i in grads}
         states.pages.store.run(None, lambda: torch._foreach_add_(list(steps.values()), 1))
 
         def update(window: list[tuple[Piece, Fields]]) -> None:
             calls: dict[tuple[int, torch.dtype], list[tuple[Tensor, ...]]] = defaultdict(list)
             for piece, fields in window:
-                param = states.params[piece.owner]
-                p, grad = (t.narrow(0, piece.start, piece.count) for t in flat[param])
-                calls[group_of[param], p.dtype].append((p, grad, *fields, steps[piece.owner]))
+                i, part = piece.owner, piece.number
+                row = params[i][part], grads[i][part], *fields, steps[i]
+                calls[groups[i], row[0].dtype].append(row)
             for (group, _), rows in calls.items():
                 update_pieces(self.layout.bits, rows, self.param_groups[group])
 
-        states.pages.sweep(mine, update)
+        states.pages.sweep(grads, update)
+
+    def _step_of(self, p: Tensor, device: torch.device) -> Tensor:
+        state = self.state[p]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        return state["step"]
 
     # --- memory ---
 
@@ -220,14 +224,14 @@ class PagedAdamW(torch.optim.Optimizer):
     def _build(self, needed: list[Tensor]) -> None:
         """See that every parameter of `needed` has pages; if one has none, lay all out anew, keeping their
         states."""
-        placed = {p for states in self._device_states.values() for p in states.params}
-        if placed.issuperset(needed):
+        placed = {id(p) for states in self._device_states.values() for p in states.params}
+        if all(id(p) in placed for p in needed):
             return
         full, codes = self._materialize()
         self._device_states.clear()
         by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
         for p in self._params():
-            if p.requires_grad or p in placed or p.grad is not None:
+            if p.requires_grad or id(p) in placed or p.grad is not None:
                 _check_param(p, self.paging)
                 by_device[local_tensor(p).device].append(p)
         for device, params in by_device.items():
@@ -276,11 +280,25 @@ class _DeviceStates:
         self.index = {p: i for i, p in enumerate(params)}
         sizes = [local_tensor(p).numel() for p in params]
         self.pages = PagedStates(sizes, layout, kind, pool_pages, device)
+        self._param_pieces: dict[int, tuple[int, tuple[Tensor, ...]]] = {}  # index -> address, pieces
 
     def prepare(self) -> None:
+        """Take the device memory that a step needs, or raise."""
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("PagedAdamW decides on the host which pages move; a CUDA graph cannot record that")
         self.pages.store.prepare()
+
+    def grads(self) -> dict[int, tuple[Tensor, ...]]:
+        """The pieces of the gradient of every parameter that has one, by its index."""
+        return {i: self.pages.cut(i, _flat_grad(p)) for i, p in enumerate(self.params) if p.grad is not None}
+
+    def param(self, i: int) -> tuple[Tensor, ...]:
+        """The pieces of parameter i: views, kept for as long as it stays where it is."""
+        local = local_tensor(self.params[i])
+        known = self._param_pieces.get(i)
+        if known is None or known[0] != local.data_ptr():
+            known = self._param_pieces[i] = local.data_ptr(), self.pages.cut(i, local.detach().view(-1))
+        return known[1]
 
 
 class _Held:
@@ -324,16 +342,17 @@ def _check_moment(entry: dict[str, Any], name: str, number: int, shape: tuple[in
 
 def local_tensor(t: Tensor) -> Tensor:
     """This rank's shard of a DTensor; any other tensor itself."""
-    return t.to_local() if hasattr(t, "to_local") else t
+    return t if type(t) in (Tensor, torch.nn.Parameter) or not hasattr(t, "to_local") else t.to_local()
 
 
 def _flat_grad(p: Tensor) -> Tensor:
     assert p.grad is not None
-    if p.grad.is_sparse:
+    grad = local_tensor(p.grad)
+    if grad.layout != torch.strided:
         raise RuntimeError("PagedAdamW needs dense gradients; use sparse=False in the embedding")
-    if p.grad.dtype != p.dtype:
-        raise RuntimeError(f"a gradient is {p.grad.dtype} and its parameter {p.dtype}; they must agree")
-    return local_tensor(p.grad).detach().reshape(-1)
+    if grad.dtype != p.dtype:
+        raise RuntimeError(f"a gradient is {grad.dtype} and its parameter {p.dtype}; they must agree")
+    return grad.reshape(-1)
 
 
 def _check_numbers(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:

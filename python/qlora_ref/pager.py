@@ -68,10 +68,10 @@ class PageLayout:
 
 @dataclass(frozen=True)
 class Piece:
-    """The run of parameter `owner` (elements start .. start + count) that lies on one page, from `offset`
-    on."""
+    """Piece `number` of parameter `owner`: its elements start .. start + count, on one page from `offset` on."""
 
     owner: int
+    number: int
     start: int
     count: int
     offset: int
@@ -91,6 +91,10 @@ class PagedStates:
         for owner, size in enumerate(self.sizes):
             self.pages_of.append(self._lay(owner, size, position))
             position += -(-size // STATE_BLOCK_SIZE) * STATE_BLOCK_SIZE
+        self._counts: list[list[int]] = [[] for _ in self.sizes]
+        for piece in (piece for page in self.pieces for piece in page):  # those of one parameter come in order
+            self._counts[piece.owner].append(piece.count)
+        self._views: dict[int, tuple[int, list[tuple[Piece, Fields]]]] = {}  # page -> slot it was in, its pieces
         self.store = make_store(kind, layout.page_bytes, len(self.pieces), pool_pages, device)
         self.pager = Pager(len(self.pieces), self.store.pool_pages, layout.page_bytes)
         if isinstance(self.store, Resident):
@@ -98,13 +102,14 @@ class PagedStates:
 
     def _lay(self, owner: int, size: int, position: int) -> list[int]:
         """Put parameter `owner` at `position`; returns its pages."""
-        pages, start = [], 0
+        pages: list[int] = []
+        start = 0
         while start < size:
             page, offset = divmod(position + start, self.layout.elements)
             count = min(size - start, self.layout.elements - offset)
             while len(self.pieces) <= page:
                 self.pieces.append([])
-            self.pieces[page].append(Piece(owner, start, count, offset))
+            self.pieces[page].append(Piece(owner, len(pages), start, count, offset))
             pages.append(page)
             start += count
         return pages
@@ -116,17 +121,25 @@ class PagedStates:
         windows = self.pager.sweep({page for owner in wanted for page in self.pages_of[owner]})
         ready = self.store.admit(self.pager.admit(windows[0])) if windows else None
         for window, following in zip(windows, [*windows[1:], []], strict=True):
-            work = [*self._work(window, wanted)]
+            work = [item for page in window for item in self._work(page) if item[0].owner in wanted]
             arriving = self.store.admit(self.pager.admit(following, pinned=window))
             self.store.run(ready, lambda work=work: update(work))
             ready = arriving
 
-    def _work(self, window: list[int], wanted: set[int]) -> Iterator[tuple[Piece, Fields]]:
-        for page in window:
-            fields = self.layout.fields(self.store.slot(page, self.pager.resident[page]))
-            for piece in self.pieces[page]:
-                if piece.owner in wanted:
-                    yield piece, self.layout.narrow(fields, piece.offset, piece.count)
+    def _work(self, page: int) -> list[tuple[Piece, Fields]]:
+        """The pieces of a resident page with their fields. Making views is much of what the host does in a step, so
+        they are kept for as long as the page returns to the same slot."""
+        slot, known = self.pager.resident[page], self._views.get(page)
+        if known is None or known[0] != slot:
+            fields = self.layout.fields(self.store.slot(page, slot))
+            views = [(p, self.layout.narrow(fields, p.offset, p.count)) for p in self.pieces[page]]
+            known = self._views[page] = slot, views
+        return known[1]
+
+    def cut(self, owner: int, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The pieces of a (size,) tensor that goes with parameter `owner`."""
+        counts = self._counts[owner]
+        return flat.split(counts) if len(counts) > 1 else (flat,)
 
     def flush(self) -> None:
         """Bring the host's copy of every page up to date, and wait for it."""
@@ -140,6 +153,7 @@ class PagedStates:
         if not isinstance(self.store, Resident):
             resident = len(self.pager.resident)
             self.store.write_back(self.pager.release())
+            self._views.clear()
             self.store.release(resident)
 
     def read(self, owner: int) -> Fields:
