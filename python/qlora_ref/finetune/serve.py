@@ -15,6 +15,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
@@ -36,7 +37,10 @@ PAGES = {
     "/app.js": ("app.js", "text/javascript"),
     "/style.css": ("style.css", "text/css"),
 }
-POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; "
+    "form-action 'none'"
+)
 
 
 class Refused(Exception):
@@ -156,6 +160,9 @@ class Handler(BaseHTTPRequestHandler):
         except UserError as error:
             raise Refused(HTTPStatus.BAD_REQUEST, str(error)) from None
         sampling: Sampling = request["sampling"]
+        room = engine.context() - len(ids)
+        if request["any_length"] and 0 < room < sampling.max_new_tokens:
+            sampling = replace(sampling, max_new_tokens=room)
         if len(ids) + sampling.max_new_tokens > engine.context():
             raise Refused(
                 HTTPStatus.BAD_REQUEST,
@@ -270,7 +277,9 @@ def parse_request(body: Any, server: Server) -> dict[str, Any]:
         top_p=_number(body, "top_p", 0.9, 1e-6, 1, float),
         seed=None if body.get("seed") is None else int(_number(body, "seed", 0, 0, 2**63 - 1, int)),
     )
-    return {"model": name, "messages": _messages(body.get("messages")), "stream": stream, "sampling": sampling}
+    any_length = body.get("max_tokens") is None and body.get("max_completion_tokens") is None
+    messages = _messages(body.get("messages"))
+    return {"model": name, "messages": messages, "stream": stream, "sampling": sampling, "any_length": any_length}
 
 
 def _number(body: dict[str, Any], key: str, default: float, low: float, high: float, kind: type) -> float:
