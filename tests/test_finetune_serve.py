@@ -204,7 +204,8 @@ def test_limits_and_origins(server):
     connection.putrequest("POST", "/v1/chat/completions")
     connection.putheader("Content-Type", "application/json")
     connection.endheaders()
-    assert connection.getresponse().status == 411
+    with connection.getresponse() as response:
+        assert response.status == 411
     connection.close()
     taken = [server.places.acquire(blocking=False) for _ in range(serve.MAX_WAITING)]
     try:
