@@ -14,6 +14,18 @@ from .bnb_format import from_bnb, negative_absmax, save_bnb, use_for_bitsandbyte
 from .config import QLoraConfig  # noqa: E402
 from .quantizer import QLoraQuantizer  # noqa: E402
 
+_LAZY = {  # need peft (or more), which need not be installed to load and save a model
+    "allow_merge_into_4bit": "lora",
+    "attach": "peft",
+    "init_adapter": "adapter_init",
+    "load_adapter": "peft",
+    "lora_config": "peft",
+    "merge": "merging",
+    "prepare_model": "peft",
+    "print_trainable_parameters": "peft",
+    "save_adapter": "peft",
+}
+
 __all__ = [
     "QLoraConfig",
     "QLoraQuantizer",
@@ -21,4 +33,14 @@ __all__ = [
     "negative_absmax",
     "save_bnb",
     "use_for_bitsandbytes",
+    *_LAZY,
 ]
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    import_module(f"{__name__}.peft")  # first, so that a missing peft is one sentence
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
