@@ -21,6 +21,8 @@ VERBS = {
     "generate": ("qlora_ref.finetune.generate_cli", "answer a prompt, or every row of a file"),
     "chat": ("qlora_ref.finetune.chat_cli", "talk to a model or an adapter on the terminal"),
     "serve": ("qlora_ref.finetune.serve_cli", "a web page and an OpenAI-compatible endpoint, on loopback"),
+    "merge": ("qlora_ref.finetune.merge_cli", "fold an adapter into 16-bit weights"),
+    "export": ("qlora_ref.finetune.export_cli", "write an adapter as merged safetensors, GGUF or PEFT files"),
     "estimate": ("qlora_ref.memory.cli", "will it fit? memory by category, and a verdict per card"),
     "eval": ("qlora_ref.evaluation.cli", "relative scores, Elo tournaments, agreement, MMLU, judges, reports"),
 }
