@@ -16,11 +16,14 @@ from .quantizer import QLoraQuantizer  # noqa: E402
 
 _LAZY = {  # need peft (or more), which need not be installed to load and save a model
     "allow_merge_into_4bit": "lora",
+    "QLoraTrainer": "trainer",
     "attach": "peft",
+    "chunked_loss": "loss",
     "init_adapter": "adapter_init",
     "load_adapter": "peft",
     "lora_config": "peft",
     "merge": "merging",
+    "paged_adamw": "trainer",
     "prepare_model": "peft",
     "print_trainable_parameters": "peft",
     "save_adapter": "peft",
