@@ -152,17 +152,6 @@ __device__ __forceinline__ float decoding_absmax(const Scales& scales, int64_t b
   return double_decode(__ldg(a.map + __ldg(a.codes + b)), nested, __ldg(a.mean));
 }
 
-// `count` (1..8) codes from element `first` on, as load of a whole word would give them; codes beyond are 0.
-__device__ __forceinline__ uint32_t load_codes_slowly(const uint8_t* packed, int64_t first, int count) {
-  uint32_t word = 0;
-  for (int e = 0; e < count; ++e) {
-    int64_t i = first + e;
-    uint32_t code = (packed[i >> 1] >> (i & 1 ? 0 : 4)) & 15u;
-    word |= code << nibble_shift(e);
-  }
-  return word;
-}
-
 // --- launching -------------------------------------------------------------------------------------------------------
 
 inline void check(cudaError_t error, const char* what) {

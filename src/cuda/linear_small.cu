@@ -4,11 +4,11 @@
 //
 //   bytes     rows * cols * 0.5159 (double quantization) + x + y;  flops 2 m rows cols
 //   floor     4096 x 14336 (30.3 MB): 7.1 us at 4.3 TB/s for m = 1..32; 8192 x 8192: 8.1 us
-//   predicted mma kernel, m <= 8: 60-75 % of the floor from 8192 x 8192 on. Decoding is 3.4 issue slots a weight (SHFL,
-//             SHF, FMUL, half F2FP), so issue allows about 30 weights/clock/SM of the 29-36 that memory could deliver;
-//             below 20 MB of weights launch and tail (2-3 us) dominate. m = 32: x comes from L2 once per 32-128 rows
-//             and takes as long as the weights, 40-55 %
-//   measured  never: no card was at hand
+//   predicted mma kernel, m <= 8: 60-70 % of the floor from 8192 x 8192 on. The loop is about 5.2 issue slots a weight
+//             (SASS: SHFL, SHF, FMUL, half F2FP, and a quarter for loads, x and HMMA), so issue allows 25 weights/clock/
+//             SM, 77 % of what memory delivers. Below 20 MB of weights launch and tail (2-3 us) dominate. m = 32: x
+//             comes from L2 once per 32-128 rows and takes as long as the weights, 40-55 %
+//   sm_90a    mma: 80 to 128 registers (m > 16: 157, 194), simt: 64, 96; no spills        measured: never, no card at hand
 //
 // Two kernels. linear_mma (bf16, f16; sm_80 and later): W rows are the 16-row operand of mma.m16n8k16, tokens the
 // 8-column operand, so one decoded weight serves 8 tokens a product and m = 1 wastes tensor cores, not memory. No
