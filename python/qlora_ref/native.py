@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from .cpu_linear import CpuLinear
 from .cuda_linear import CudaLinear, Scratch, unusable
 from .reference.blockwise import check_block_size
 from .reference.codebook import Codebook
@@ -353,13 +354,27 @@ class Backend:
         return self._moment_tables[device]
 
 
-class CpuBackend(Backend):
-    """On torch's number of threads (torch.set_num_threads)."""
+class CpuBackend(CpuLinear, Backend):
+    """On torch's number of threads (torch.set_num_threads); the linear layer as cpu_linear.py divides it."""
 
     device_type = "cpu"
 
     def _call(self, function, device, *args):
         function(*args, torch.get_num_threads())
+
+    # what cpu_linear.py needs of the module
+    def _can_fuse(self, dtype, in_features, block_size) -> bool:
+        return self._c.can_linear_4bit_forward(_DTYPE[dtype], in_features, block_size)
+
+    def _dequantize_region(self, weight, region, out) -> None:
+        self._call(self._c.dequantize_region, out.device, *weight, *region, out.data_ptr(), _DTYPE[out.dtype])
+
+    def _check_input(self, name, x):
+        self._check_device(x.device)
+        return _check_float(name, x)
+
+    def _check_bias(self, bias, x, out_features):
+        return _check("bias", bias, x.dtype, out_features, x.device)
 
 
 class CudaBackend(CudaLinear, Backend):

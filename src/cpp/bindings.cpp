@@ -111,13 +111,17 @@ void bind_cpu(py::module_ m) {
           linear_4bit_forward(pointer<void>(x), DType(dtype), tokens, w.weight, w.codebook, pointer<void>(bias),
                               pointer<void>(y));
         });
-  m.def("linear_4bit_backward",
-        [](Address dy, int dtype, int64_t tokens, WEIGHT_PARAMETERS, Address dx, int threads) {
-          auto w = WEIGHT;
-          py::gil_scoped_release release;
-          set_num_threads(threads);
-          linear_4bit_backward(pointer<void>(dy), DType(dtype), tokens, w.weight, w.codebook, pointer<void>(dx));
-        });
+  m.def("can_linear_4bit_forward", [](int dtype, int64_t cols, int64_t block_size) {
+    return can_linear_4bit_forward(DType(dtype), cols, block_size);
+  });
+  m.def("dequantize_region", [](WEIGHT_PARAMETERS, int64_t first_row, int64_t row_count, int64_t first_col,
+                                int64_t col_count, Address out, int dtype, int threads) {
+    auto w = WEIGHT;
+    py::gil_scoped_release release;
+    set_num_threads(threads);
+    dequantize_region(w.weight, w.codebook, first_row, row_count, first_col, col_count, pointer<void>(out),
+                      DType(dtype));
+  });
   m.def("adamw", [](const py::bytes& packed, int dtype, ADAMW_SCALARS, int order, int threads) {
     auto runs = pieces<AdamWPiece>(packed);
     py::gil_scoped_release release;

@@ -1,6 +1,4 @@
 // Quantize and dequantize: cuts the tensor into runs of whole blocks, one thread each; the loops are the variant's.
-#include "blockwise.h"
-
 #include "kernels.h"
 #include "parallel.h"
 #include "variant.h"
@@ -19,8 +17,7 @@ void dequantize_head(const Weight4bit& weight, const float* absmax, const Codebo
   variant().dequantize[int(dtype)](pair, absmax, 1, weight.block_size, codebook, out);
 }
 
-}  // namespace
-
+// Elements first .. first + count of the flattened weight -> out (count) of `dtype`, on the calling thread.
 void dequantize_run(const Weight4bit& weight, const Codebook& codebook, int64_t first, int64_t count, DType dtype,
                     void* out_) {
   const Variant& isa = variant();
@@ -49,6 +46,27 @@ void dequantize_run(const Weight4bit& weight, const Codebook& codebook, int64_t 
   }
 }
 
+// Part of some rows, each `row_stride` elements after the one before.
+void dequantize_rows(const Weight4bit& weight, const Codebook& codebook, int64_t first_row, int64_t rows,
+                     int64_t first_col, int64_t cols, char* out, DType dtype, int64_t row_stride) {
+  if (cols == weight.cols && row_stride == cols) {  // then the rows are one run
+    parallel_for(rows * cols, kGrain, [&](int64_t begin, int64_t end) {
+      dequantize_run(weight, codebook, first_row * cols + begin, end - begin, dtype,
+                     out + begin * element_size(dtype));
+    });
+    return;
+  }
+  int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cols));
+  parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      dequantize_run(weight, codebook, (first_row + row) * weight.cols + first_col, cols, dtype,
+                     out + row * row_stride * element_size(dtype));
+    }
+  });
+}
+
+}  // namespace
+
 void quantize_4bit(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook,
                    uint8_t* packed, float* absmax) {
   const Variant& isa = variant();
@@ -59,20 +77,12 @@ void quantize_4bit(const void* x, DType dtype, int64_t n, int64_t block_size, co
 }
 
 void dequantize_4bit(const Weight4bit& weight, const Codebook& codebook, void* out, DType dtype, int64_t row_stride) {
-  auto* base = static_cast<char*>(out);
-  if (row_stride == weight.cols) {
-    parallel_for(weight.rows * weight.cols, kGrain, [&](int64_t begin, int64_t end) {
-      dequantize_run(weight, codebook, begin, end - begin, dtype, base + begin * element_size(dtype));
-    });
-    return;
-  }
-  int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, weight.cols));
-  parallel_for(weight.rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      dequantize_run(weight, codebook, row * weight.cols, weight.cols, dtype,
-                     base + row * row_stride * element_size(dtype));
-    }
-  });
+  dequantize_rows(weight, codebook, 0, weight.rows, 0, weight.cols, static_cast<char*>(out), dtype, row_stride);
+}
+
+void dequantize_region(const Weight4bit& weight, const Codebook& codebook, int64_t first_row, int64_t rows,
+                       int64_t first_col, int64_t cols, void* out, DType dtype) {
+  dequantize_rows(weight, codebook, first_row, rows, first_col, cols, static_cast<char*>(out), dtype, cols);
 }
 
 }  // namespace qlora

@@ -27,14 +27,16 @@ void double_quantize(const float* absmax, int64_t n, float mean, int64_t nested_
 // reference/double_quant.py: double_dequantize -> out (n)
 void double_dequantize(const Absmax& absmax, int64_t n, float* out);
 
-// reference/linear.py, base path: y (m, rows) = x (m, cols) W'^T + bias, W' in `dtype`, float32 accumulation,
-// one rounding to `dtype` at the end. `bias` (rows) of `dtype` or null.
+// reference/linear.py, base path, for few tokens: y (m, rows) = x (m, cols) W'^T + bias, W' in `dtype`, float32
+// accumulation, one rounding to `dtype` at the end. `bias` (rows) of `dtype` or null. Only where can_... says so; for many
+// tokens and for dx = dy W', cpu_linear.py multiplies parts from dequantize_region with torch's own product.
+bool can_linear_4bit_forward(DType dtype, int64_t cols, int64_t block_size);
 void linear_4bit_forward(const void* x, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
                          const void* bias, void* y);
 
-// dx (m, cols) = dy (m, rows) W'
-void linear_4bit_backward(const void* dy, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
-                          void* dx);
+// Part of the weight -> out (rows, cols) of `dtype`, contiguous
+void dequantize_region(const Weight4bit& weight, const Codebook& codebook, int64_t first_row, int64_t rows,
+                       int64_t first_col, int64_t cols, void* out, DType dtype);
 
 // --- AdamW (reference/adamw.py): `count` runs of elements in one call, updated in place -------------------------------
 

@@ -8,6 +8,25 @@
 
 namespace qlora {
 
+// One call of linear_4bit_forward, with what its threads share.
+struct LinearRows {
+  const Weight4bit* weight;
+  const Codebook* codebook;
+  const void* x;  // as linear_prepare left it
+  int64_t m;
+  const void* bias;
+  void* y;
+  int block_shift;  // log2(block_size / 64)
+};
+constexpr int kLinearRows = 4;  // taken at a time
+
+// Of one thread: absmax' of every code, for the nested groups that kLinearRows rows touch.
+struct LinearScratch {
+  float* values;  // 256 a group
+  int64_t first_group, groups;  // which are in there
+  void* sums;                   // kLinearRows registers of 64 bytes a token
+};
+
 struct Variant {
   const char* name;
   bool (*supported)();  // by the CPU this runs on
@@ -23,9 +42,15 @@ struct Variant {
                           float* nested_absmax);
   // out[i] = absmax of block first + i, reconstructed
   void (*double_dequantize)(const Absmax& absmax, int64_t first, int64_t n, float* out);
+
+  // By DType, null where there is none: rows begin .. end of y = x W'^T + bias. Whole blocks a row, block_size >= 64.
+  void (*linear_rows[3])(const LinearRows& call, LinearScratch& scratch, int64_t begin, int64_t end);
+  // x (m, cols) -> the order and type that linear_rows wants, linear_x_bytes an element
+  void (*linear_prepare[3])(const void* x, int64_t m, int64_t cols, void* out);
+  int linear_x_bytes[3];
 };
 
-extern const Variant scalar_variant, avx512_variant;
+extern const Variant scalar_variant, avx2_variant, avx512_variant, avx512_bf16_variant;
 
 const Variant& variant();  // the one in use
 

@@ -311,22 +311,30 @@ void double_quantize(const float* absmax, int64_t n, float mean, const Map8& map
   }
 }
 
-// map[code] for 16 codes by shuffles, a third of the time of a gather here: the low 5 bits choose in each of 8 tables of
-// 32, then each of the high 3 bits halves the number of candidates.
-inline __attribute__((always_inline)) __m512 look_up(const float* map, __m512i code) {
-  auto in32 = [&](int i) {
-    return _mm512_permutex2var_ps(_mm512_loadu_ps(map + 32 * i), code, _mm512_loadu_ps(map + 32 * i + 16));
-  };
-  __mmask16 bit5 = _mm512_test_epi32_mask(code, _mm512_set1_epi32(32));
-  __mmask16 bit6 = _mm512_test_epi32_mask(code, _mm512_set1_epi32(64));
-  __mmask16 bit7 = _mm512_test_epi32_mask(code, _mm512_set1_epi32(128));
-  auto in64 = [&](int i) { return _mm512_mask_blend_ps(bit5, in32(i), in32(i + 1)); };
-  auto in128 = [&](int i) { return _mm512_mask_blend_ps(bit6, in64(i), in64(i + 2)); };
-  return _mm512_mask_blend_ps(bit7, in128(0), in128(4));
-}
+// map[code] for 16 codes by shuffles, cheaper here than a gather: the map lies in 16 registers; the low 5 bits of a code
+// choose in each pair of them, then each of the high 3 bits halves the number of candidates.
+struct Map256 {
+  __m512 part[16];
+
+  explicit Map256(const float* map) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) part[i] = _mm512_loadu_ps(map + 16 * i);
+  }
+
+  inline __attribute__((always_inline)) __m512 operator()(__m512i code) const {
+    __mmask16 bit5 = _mm512_test_epi32_mask(code, _mm512_set1_epi32(32));
+    __mmask16 bit6 = _mm512_test_epi32_mask(code, _mm512_set1_epi32(64));
+    __mmask16 bit7 = _mm512_test_epi32_mask(code, _mm512_set1_epi32(128));
+    auto in32 = [&](int i) { return _mm512_permutex2var_ps(part[2 * i], code, part[2 * i + 1]); };
+    auto in64 = [&](int i) { return _mm512_mask_blend_ps(bit5, in32(i), in32(i + 1)); };
+    auto in128 = [&](int i) { return _mm512_mask_blend_ps(bit6, in64(i), in64(i + 2)); };
+    return _mm512_mask_blend_ps(bit7, in128(0), in128(4));
+  }
+};
 
 void double_dequantize(const Absmax& absmax, int64_t first, int64_t n, float* out) {
   const __m512 mean = _mm512_set1_ps(*absmax.mean);
+  const Map256 map(absmax.map);
   while (n > 0) {
     int64_t group = first / absmax.nested_block_size, room = (group + 1) * absmax.nested_block_size - first;
     int64_t size = n < room ? n : room;
@@ -334,7 +342,7 @@ void double_dequantize(const Absmax& absmax, int64_t first, int64_t n, float* ou
     for (int64_t i = 0; i < size; i += 16) {
       __mmask16 valid = size - i >= 16 ? 0xffff : __mmask16((1 << (size - i)) - 1);
       __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(valid, absmax.codes + first + i));
-      __m512 level = look_up(absmax.map, code);
+      __m512 level = map(code);
       _mm512_mask_storeu_ps(out + i, valid, _mm512_add_ps(_mm512_mul_ps(level, scale), mean));
     }
     first += size;
@@ -342,6 +350,70 @@ void double_dequantize(const Absmax& absmax, int64_t first, int64_t n, float* ou
     n -= size;
   }
 }
+
+// --- linear --------------------------------------------------------------------------------------------------------------
+
+#include "linear_tile.h"
+
+// 16 float32 weights a register, as dwords of 8 nibbles: lower half shifted by 8v, upper half by 8v + 4.
+template <DType dtype>
+struct F32Lanes {
+  using X = float;
+  using Bytes = __m512i;
+  using Table = __m512;
+  using Weights = __m512;
+  using Sum = __m512;
+  static constexpr int kRows = 4, kTokens = 6, kVectors = 4, kVectorBytes = 64, kGroupBytes = 256;
+
+  __m512 levels;
+  __m512i shift[4];
+
+  inline __attribute__((always_inline)) explicit F32Lanes(const Codebook& codebook) {
+    levels = _mm512_loadu_ps(codebook.levels);
+    for (int v = 0; v < 4; ++v) {
+      shift[v] = _mm512_inserti64x4(_mm512_set1_epi32(8 * v), _mm256_set1_epi32(8 * v + 4), 1);
+    }
+  }
+  // The 16 values of the block, rounded to dtype and widened again.
+  inline __attribute__((always_inline)) Table table(float absmax) const {
+    __m512 scaled = _mm512_mul_ps(levels, _mm512_set1_ps(absmax));
+    if constexpr (dtype == DType::f16) {
+      return _mm512_cvtph_ps(_mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    } else if constexpr (dtype == DType::bf16) {
+      __m512i words = table16<dtype>(levels, absmax);
+      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(words)), 16));
+    } else {
+      return scaled;
+    }
+  }
+  static inline __attribute__((always_inline)) Bytes load(const uint8_t* packed) {
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+  }
+  inline __attribute__((always_inline)) Weights weights(Bytes bytes, Table table, int v) const {
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(bytes, shift[v]), table);
+  }
+  static inline __attribute__((always_inline)) __m512 load_x(const char* x) { return _mm512_loadu_ps(x); }
+  static inline __attribute__((always_inline)) void store(char* out, Weights w) { _mm512_store_ps(out, w); }
+  static inline __attribute__((always_inline)) Sum zero() { return _mm512_setzero_ps(); }
+  static inline __attribute__((always_inline)) Sum add(Sum sum, Weights w, __m512 x) {
+    return _mm512_fmadd_ps(w, x, sum);
+  }
+  static inline __attribute__((always_inline)) float reduce(Sum sum) { return _mm512_reduce_add_ps(sum); }
+
+  static inline __attribute__((always_inline)) float convert(typename Element<dtype>::type x) {
+    return Element<dtype>::load(x);
+  }
+  // Which element of 64 belongs to lane j: dword j % 8 of 8, nibble 2v (+ 1: the low nibble is the second element).
+  static inline __attribute__((always_inline)) int source(int j) {
+    int v = j / 16, upper = j / 8 % 2;
+    return 8 * (j % 8) + 2 * v + (upper ? 0 : 1);
+  }
+};
+
+template <DType dtype>
+constexpr auto f32_rows = linear_rows<F32Lanes<dtype>, dtype>;
+template <DType dtype>
+constexpr auto f32_prepare = linear_prepare<F32Lanes<dtype>, dtype>;
 
 }  // namespace
 
@@ -355,6 +427,9 @@ const Variant avx512_variant = {
     {dequantize<DType::f32>, dequantize<DType::bf16>, dequantize<DType::f16>},
     double_quantize,
     double_dequantize,
+    {f32_rows<DType::f32>, f32_rows<DType::bf16>, f32_rows<DType::f16>},
+    {f32_prepare<DType::f32>, f32_prepare<DType::bf16>, f32_prepare<DType::f16>},
+    {4, 4, 4},
 };
 
 }  // namespace qlora

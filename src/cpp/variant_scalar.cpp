@@ -113,6 +113,9 @@ const Variant scalar_variant = {
     {dequantize<DType::f32>, dequantize<DType::bf16>, dequantize<DType::f16>},
     double_quantize,
     double_dequantize,
+    {},
+    {},
+    {},
 };
 
 }  // namespace qlora

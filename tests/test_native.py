@@ -1,0 +1,236 @@
+"""The CPU kernels on every variant this machine has, at the edges: every variant gives the bits of the reference.
+
+test_parity.py runs all cases on the fastest variant; here each variant is forced, on fewer and nastier inputs.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qlora_ref import native
+from qlora_ref.reference.blockwise import BLOCK_SIZES, dequantize_blockwise, quantize_blockwise
+from qlora_ref.reference.codebook import NAMES, get_codebook
+from qlora_ref.reference.double_quant import absmax_mean, double_dequantize, double_quantize, get_map8
+from qlora_ref.testing.cases import DATA
+from qlora_ref.testing.compare import UNIT, assert_bits_equal, gamma
+
+pytestmark = pytest.mark.skipif(native.cpu is None, reason=f"no native CPU: {native.missing['cpu']}")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+VARIANTS = native.cpu_variants()
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request):
+    before = native.module.cpu.variant()
+    native.set_cpu_variant(request.param)
+    yield request.param
+    native.set_cpu_variant(before)
+
+
+def make(data: str, n: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    x = DATA[data](n, torch.Generator().manual_seed(seed))
+    return (x * 2.0**-111 if dtype == torch.float16 and data == "huge" else x).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("data", DATA)
+def test_quantize_and_back_equals_the_reference(variant, data, dtype):
+    x = make(data, 64 * 40 + 45, dtype)
+    for name in ("nf4", "fp4_bnb", "fp4_e3m0", "bof4_s"):  # bins; another code order; bisection; signed absmax
+        codebook = get_codebook(name)
+        packed, absmax = native.cpu.quantize_4bit(x, codebook, 64)
+        want_packed, want_absmax = quantize_blockwise(x, codebook, 64, check_finite=False)
+        assert_bits_equal(packed, want_packed, f"{variant} {name} packed")
+        assert_bits_equal(absmax, want_absmax, f"{variant} {name} absmax")
+        for out in DTYPES:
+            got = native.cpu.dequantize_4bit(packed, absmax, None, None, codebook, 64, None, 256, x.shape, out)
+            assert_bits_equal(got, dequantize_blockwise(packed, absmax, codebook, 64, x.shape, out), f"{variant} {out}")
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_block_size_and_odd_rows(variant, block_size, dtype):
+    """Rows of odd length: blocks straddle rows, rows start inside bytes; `out` has a row stride."""
+    shape, codebook, map8 = (7, 2049), get_codebook("nf4", block_size), get_map8()
+    x = make("normal", 7 * 2049, dtype).view(shape)
+    packed, absmax = native.cpu.quantize_4bit(x, codebook, block_size)
+    assert_bits_equal(packed, quantize_blockwise(x, codebook, block_size)[0], "packed")
+    mean = absmax_mean(absmax)
+    codes, nested = double_quantize(absmax, mean, map8, 32)
+    decoded = double_dequantize(codes, nested, mean, map8, 32)
+    for out_dtype in DTYPES:
+        wide = torch.full((7, 2100), -1.0, dtype=out_dtype)
+        native.cpu.dequantize_4bit(
+            *(packed, codes, nested, mean, codebook, block_size, map8, 32, shape, out_dtype), out=wide[:, :2049]
+        )
+        want = dequantize_blockwise(packed, decoded, codebook, block_size, shape, out_dtype)
+        assert_bits_equal(wide[:, :2049], want, f"{variant} {out_dtype}")
+        assert (wide[:, 2049:] == -1).all()
+
+
+@pytest.mark.parametrize("map8", ["dynamic", "fp8_e4m3"])
+@pytest.mark.parametrize("data", DATA)
+def test_double_quantization_equals_the_reference(variant, data, map8):
+    absmax, table = make(data, 2000 + 13, torch.float32).abs(), get_map8(map8)
+    mean = absmax_mean(absmax)
+    for size in (32, 256, 4096):
+        codes, nested = native.cpu.double_quantize(absmax, mean, table, size)
+        want_codes, want_nested = double_quantize(absmax, mean, table, size)
+        assert_bits_equal(codes, want_codes, f"{variant} codes")
+        assert_bits_equal(nested, want_nested, f"{variant} nested_absmax")
+        got = native.cpu.double_dequantize(codes, nested, mean, table, size)
+        assert_bits_equal(got, double_dequantize(codes, nested, mean, table, size), f"{variant} absmax'")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [(1, 128, 64), (5, 64, 64), (9, 256, 128), (6, 4352, 64), (8, 96, 32), (3, 33, 64)], ids=str)
+def test_linear_within_its_bound(variant, dtype, case):
+    """Few tokens (kernel) and many (panels), rows that are no multiple of four, shapes the kernel does not take."""
+    (rows, cols, block_size), codebook, map8 = case, get_codebook("nf4"), get_map8()
+    shape = rows, cols
+    W = make("normal", rows * cols, dtype).view(shape)
+    packed, absmax = native.cpu.quantize_4bit(W, codebook, block_size)
+    mean = absmax_mean(absmax)
+    codes, nested = double_quantize(absmax, mean, map8, 32)
+    for nesting in (True, False):
+        stats = (codes, nested, mean) if nesting else (absmax, None, None)
+        weight = (packed, *stats, codebook, block_size, map8, 32)
+        exact = native.cpu.dequantize_4bit(*weight, shape, dtype).double()
+        bias = make("normal", rows, dtype, seed=1)
+        for m in (1, 2, 3, 4, 5, 13, 140):
+            x = make("normal", m * cols, dtype, seed=m).view(m, cols)
+            y = native.cpu.linear_4bit_forward(x, *weight, rows, bias)
+            check(y, x.double() @ exact.T + bias.double(), x.double().abs() @ exact.T.abs() + bias.double().abs(), cols)
+            dy = make("normal", m * rows, dtype, seed=m).view(m, rows)
+            dx = native.cpu.linear_4bit_backward(dy, *weight, cols)
+            check(dx, dy.double() @ exact, dy.double().abs() @ exact.abs(), rows)
+
+
+def check(actual, value, magnitude, k):
+    """The rounding bound of a float32 sum of k + 1 terms, then at most two roundings (torch may round before the bias)."""
+    bound = gamma(k + 1, 2.0**-24) * magnitude + 2 * UNIT[actual.dtype] * (value.abs() + magnitude * 2.0**-20)
+    error = (actual.double() - value).abs()
+    assert (error <= bound).all(), f"{(error / bound).max().item():.3g} times the rounding bound"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_linear_kernel_sees_the_same_weight_as_dequantize(variant, name):
+    """One token with a single 1: y is a column of W', bit for bit, whatever path computes it."""
+    codebook, cols = get_codebook(name), 192
+    W = make("outlier", 8 * cols, torch.bfloat16).view(8, cols)
+    packed, absmax = native.cpu.quantize_4bit(W, codebook, 64)
+    for dtype in DTYPES:
+        weight = (packed, absmax, None, None, codebook, 64, None, 256)
+        want = native.cpu.dequantize_4bit(*weight, (8, cols), dtype)
+        for tokens in (torch.eye(cols), torch.eye(cols)[60:70], torch.eye(cols)[:1]):
+            y = native.cpu.linear_4bit_forward(tokens.to(dtype), *weight, 8, None)
+            assert_bits_equal(y, (tokens.to(dtype) @ want.T), f"{variant} {name} {dtype} {len(tokens)} tokens")
+
+
+def test_unaligned_and_non_contiguous(variant):
+    codebook = get_codebook("nf4")
+    storage = torch.randn(70000)
+    for x in (storage[1:50001], storage[:60000].view(200, 300).T, storage[::3]):
+        packed, absmax = native.cpu.quantize_4bit(x, codebook, 64)
+        want_packed, want_absmax = quantize_blockwise(x, codebook, 64)
+        assert_bits_equal(packed, want_packed, variant)
+        shifted = torch.cat([packed[:1], packed])[1:]  # packed bytes at an odd address
+        got = native.cpu.dequantize_4bit(shifted, absmax, None, None, codebook, 64, None, 256, x.shape, torch.bfloat16)
+        assert_bits_equal(got, dequantize_blockwise(packed, want_absmax, codebook, 64, x.shape, torch.bfloat16), variant)
+
+
+def test_threads_give_the_same_bits(variant):
+    codebook, x, before = get_codebook("nf4"), torch.randn(500_003), torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            packed, absmax = native.cpu.quantize_4bit(x, codebook, 64)
+            results.append((packed, absmax))
+    finally:
+        torch.set_num_threads(before)
+    for packed, absmax in results[1:]:
+        assert_bits_equal(packed, results[0][0], variant)
+        assert_bits_equal(absmax, results[0][1], variant)
+
+
+def run_python(code: str, **environment) -> subprocess.CompletedProcess:
+    path = os.pathsep.join(p for p in sys.path if p)
+    env = {**os.environ, "PYTHONPATH": path, **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_kernels_work_in_a_forked_child():
+    """libgomp's threads do not survive a fork; a child that waited for them would hang (as torch's own ops do)."""
+    code = """
+import os, warnings
+warnings.simplefilter("ignore")
+import torch
+from qlora_ref import native
+from qlora_ref.reference.codebook import get_codebook
+torch.set_num_threads(2)
+x = torch.randn(400_000)
+before = native.cpu.quantize_4bit(x, get_codebook("nf4"), 64)
+libgomp_has_run = (x + x).sum()
+pid = os.fork()
+after = native.cpu.quantize_4bit(x, get_codebook("nf4"), 64)
+same = all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in zip(before, after))  # torch.equal would hang
+if pid == 0:
+    os._exit(0 if same else 1)
+status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+raise SystemExit(status if same else 2)
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_unknown_variant_lists_those_available():
+    with pytest.raises(ValueError, match="no CPU variant 'mmx' here.*scalar"):
+        native.set_cpu_variant("mmx")
+    result = run_python("import qlora_ref.native", QLORA_CPU_VARIANT="mmx")
+    assert result.returncode != 0
+    assert "no CPU variant 'mmx' here: this build on this CPU has scalar" in result.stderr
+
+
+def test_variant_is_forced_by_the_environment():
+    code = "from qlora_ref import native; print(native.module.cpu.variant())"
+    assert run_python(code, QLORA_CPU_VARIANT="scalar").stdout.strip() == "scalar"
+    assert run_python(code, QLORA_CPU_VARIANT="").stdout.strip() == VARIANTS[-1]
+
+
+def test_reference_can_be_forced():
+    code = "from qlora_ref import native; print(native.cpu, native.missing['cpu'])"
+    assert run_python(code, QLORA_BACKEND="reference").stdout.startswith("None QLORA_BACKEND=reference asks")
+
+
+def valid():
+    codebook = get_codebook("nf4")
+    packed, absmax = quantize_blockwise(torch.randn(4, 64), codebook, 64)
+    return packed, absmax, codebook
+
+
+def test_bad_input_is_refused_in_a_sentence():
+    packed, absmax, codebook = valid()
+    cpu, x = native.cpu, torch.randn(2, 64)
+    weight = (packed, absmax, None, None, codebook, 64, None, 256)
+    short = (packed[:-1], *weight[1:])
+    cases = [
+        (TypeError, "must be float32, bfloat16 or float16", lambda: cpu.quantize_4bit(torch.arange(8), codebook, 64)),
+        (ValueError, "power of two in 32..4096, not 63", lambda: cpu.quantize_4bit(x, codebook, 63)),
+        (ValueError, "packed has 127 elements where 128 are", lambda: cpu.dequantize_4bit(*short, (4, 64))),
+        (TypeError, "can dequantize to", lambda: cpu.dequantize_4bit(*weight, (4, 64), torch.int32)),
+        (ValueError, "out is", lambda: cpu.dequantize_4bit(*weight, (4, 64), out=torch.empty(4, 63))),
+        (ValueError, "out must be contiguous", lambda: cpu.dequantize_4bit(*weight, (4, 64), out=torch.empty(64, 4).T)),
+        (TypeError, "absmax must be torch.float32", lambda: cpu.linear_4bit_forward(x, packed, absmax.half(), *weight[2:], 4)),
+        (ValueError, "bias has 3 elements", lambda: cpu.linear_4bit_forward(x, *weight, 4, torch.zeros(3))),
+        (TypeError, "bias must be", lambda: cpu.linear_4bit_forward(x, *weight, 4, torch.zeros(4).half())),
+        (ValueError, "map8 and absmax_mean must be given", lambda: cpu.dequantize_4bit(packed, absmax, absmax, *weight[3:], (4, 64))),
+        (ValueError, "on meta", lambda: cpu.quantize_4bit(torch.empty(4, device="meta"), codebook, 64)),
+    ]  # fmt: skip
+    for error, sentence, call in cases:
+        with pytest.raises(error, match=sentence):
+            call()
