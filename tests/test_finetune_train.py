@@ -349,3 +349,52 @@ def test_twenty_random_kills(settings, tmp_path):
     assert len(lives) == 21 and sum(killed == "True" for _, killed, _ in lives) == 20, done.stdout
     assert len({reached for *_, reached in lives}) > 3, "the kills did not fall into different steps: " + done.stdout
     assert equal(adapter_of(tmp_path / "run-whole"), adapter_of(tmp_path / "run"))
+
+
+# --- encoder-decoder models -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def t5(data_dir, tmp_path):
+    """A random T5 with the tokenizer of stories260K: the shape is what is tested, not what it knows."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=512, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "t5")
+    tokenizer = run.load_tokenizer(str(data_dir / "weights" / "stories260K_hf"))
+    tokenizer.save_pretrained(tmp_path / "t5")
+    return str(tmp_path / "t5")
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "none"])
+def test_t5_learns_and_is_served_as_trained(settings, t5, quant_type, tmp_path):
+    from qlora_ref.finetune.engine import make_engine
+
+    prepared = run.run(settings.replace(model=t5, quant_type=quant_type, max_steps=20, lr=1e-2, template="plain"))
+    before, after = run.held_out(prepared.trainer.records)
+    assert after < before
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_2_SEQ_LM" and {"q", "k", "v", "o", "wi_0", "wi_1", "wo"} == set(
+        config["target_modules"]
+    )
+    engine = make_engine([], [str(tmp_path / "run")], quant_type, "auto", "cpu", "fp32")
+    engine.use("run")
+    batch = prepared.trainer._batches()[0]
+    with torch.no_grad():
+        assert torch.equal(engine.model(**batch).logits, prepared.trainer.model.eval()(**batch).logits)
+
+
+def test_t5_batches_are_prompt_and_answer(settings, t5):
+    trainer = run.prepare(settings.replace(model=t5, template="plain", batch_size=1)).trainer
+    (row,) = trainer.plan.step(0)[0]
+    batch = trainer._batches()[0]
+    tokens, answer = trainer.data[row[0]]
+    start = answer.index(1)
+    assert batch["input_ids"][0].tolist() == tokens[:start].tolist() and tokens[start - 1] == 2  # the encoder's EOS
+    assert batch["labels"][0].tolist() == tokens[start:].tolist() and tokens[-1] == 2
+    with pytest.raises(UserError, match="encoder-decoder model takes one prompt"):
+        run.prepare(settings.replace(model=t5, packing=True, template="plain"))

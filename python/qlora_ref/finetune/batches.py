@@ -99,6 +99,8 @@ def collate(data: Dataset, rows: list[Row], pad: int, device: torch.device | str
     One example a row: plus `attention_mask`. Packed rows: plus `position_ids` that start again at every example, from
     which the model builds a mask that is causal inside an example and blind across; padding is an example of its own.
     """
+    if data.seq2seq:
+        return {k: v.to(device, non_blocking=True) for k, v in _collate_seq2seq(data, rows, pad).items()}
     packed = any(len(row) > 1 for row in rows)
     width = max(sum(data.length(i) for i in row) for row in rows)
     ids = torch.full((len(rows), width), pad)
@@ -118,3 +120,19 @@ def collate(data: Dataset, rows: list[Row], pad: int, device: torch.device | str
     batch = {"input_ids": ids, "labels": labels}
     batch |= {"position_ids": position} if packed else {"attention_mask": mask}
     return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def _collate_seq2seq(data: Dataset, rows: list[Row], pad: int) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` of the prompts, `labels` of the answers; each padded to its own width."""
+    pairs = []
+    for (i,) in rows:
+        tokens, answer = data[i]
+        start = answer.index(1)
+        pairs.append((tokens[:start], tokens[start:]))
+    source, target = (max(len(pair[k]) for pair in pairs) for k in (0, 1))
+    ids, mask = torch.full((len(rows), source), pad), torch.zeros(len(rows), source, dtype=torch.long)
+    labels = torch.full((len(rows), target), IGNORE)
+    for r, (prompt, reply) in enumerate(pairs):
+        ids[r, : len(prompt)], mask[r, : len(prompt)] = torch.tensor(prompt, dtype=torch.long), 1
+        labels[r, : len(reply)] = torch.tensor(reply, dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}

@@ -37,8 +37,11 @@ def _ids(tokenizer: Any, piece: Piece) -> list[int]:
     return tokenizer(piece.text, add_special_tokens=False, split_special_tokens=not piece.markup).input_ids
 
 
-def encode(pieces: list[Piece], tokenizer: Any, config: TrainConfig) -> Encoded:
-    """Pieces -> ids and mask, cut to the lengths of `config`. A conversation ends with EOS, which carries loss."""
+def encode(pieces: list[Piece], tokenizer: Any, config: TrainConfig, seq2seq: bool = False) -> Encoded:
+    """Pieces -> ids and mask, cut to the lengths of `config`. A conversation ends with EOS, which carries loss.
+
+    seq2seq: the prompt is the encoder's input and ends with an EOS of its own, without loss.
+    """
     eos = tokenizer.eos_token_id
     ids: list[int] = [] if pieces[0].markup else bos_ids(tokenizer)
     answer = [False] * len(ids)
@@ -48,6 +51,9 @@ def encode(pieces: list[Piece], tokenizer: Any, config: TrainConfig) -> Encoded:
             new = [*new, eos]
         ids += new
         answer += [piece.answer] * len(new)
+    if seq2seq and True in answer:
+        start = answer.index(True)
+        ids, answer = [*ids[:start], eos, *ids[start:]], [*answer[:start], False, *answer[start:]]
     if config.loss_on == "all":
         answer = [i > 0 for i in range(len(ids))]
     return _cut(ids, answer, eos, config)
@@ -88,6 +94,7 @@ class Dataset:
     rows: int = 0
     no_answer: int = 0
     cut: int = 0
+    seq2seq: bool = False
 
     def add(self, example: Encoded) -> None:
         self.ids.extend(example.ids)
@@ -129,16 +136,18 @@ def conversations(path: str, form: Format) -> Iterator[list[Example]]:
     return examples_of(read_rows(path, header=form.header), form, path)
 
 
-def load_dataset(path: str, form: Format, template: str, tokenizer: Any, config: TrainConfig) -> Dataset:
+def load_dataset(
+    path: str, form: Format, template: str, tokenizer: Any, config: TrainConfig, seq2seq: bool = False
+) -> Dataset:
     """Read, render and encode a data file. Raises UserError if no row carries an answer."""
-    data = Dataset()
+    data = Dataset(seq2seq=seq2seq)
     for examples in conversations(path, form):
         if config.max_examples is not None and len(data) >= config.max_examples:
             break
         data.rows += 1
         data.no_answer += not examples
         for messages in examples:
-            encoded = encode(render(messages, template, tokenizer), tokenizer, config)
+            encoded = encode(render(messages, template, tokenizer), tokenizer, config, seq2seq)
             if any(encoded.answer[1:]):
                 data.add(encoded)
             else:

@@ -17,7 +17,7 @@ from ..quantized import QuantConfig
 from .encode import prompt_ids
 from .formats import Example
 from .generate import Sampling, generate_ids
-from .loading import check_model_folder, load_base, load_tokenizer, resolve_device, resolve_dtype
+from .loading import check_model_folder, load_base, load_tokenizer, resolve_device, resolve_dtype, show_dtypes
 from .peft_io import AdapterError, attach_adapter, read_adapter
 
 SINGLE_TURN = ("alpaca", "plain")
@@ -60,6 +60,7 @@ class Engine:
         if wanted.adapter:
             try:
                 attach_adapter(self.model, wanted.adapter)
+                show_dtypes(self.model)
             except AdapterError as error:
                 self.model = self.current = None
                 raise UserError(str(error)) from None
@@ -74,7 +75,8 @@ class Engine:
             for token in self.tokenizer.all_special_tokens:
                 if any(token in m.text or token in m.context for m in messages):
                     raise UserError(f"a message contains the special token {token}, which could forge a turn.")
-        return prompt_ids(messages, self.current.template, self.tokenizer)
+        ids = prompt_ids(messages, self.current.template, self.tokenizer)
+        return [*ids, self.tokenizer.eos_token_id] if self.model.config.is_encoder_decoder else ids
 
     def context(self) -> int:
         """Tokens that prompt and answer may have together."""

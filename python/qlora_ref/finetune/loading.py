@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..cli import UserError
-from ..nn import attach_lora, quantize_model
+from ..nn import Linear4bit, LoRALinear, attach_lora, quantize_model
 from ..quantized import QuantConfig
 from .config import TrainConfig
 
@@ -83,6 +83,11 @@ def check_model_folder(path: str) -> dict[str, Any]:
     return config
 
 
+def is_seq2seq(model_config: dict[str, Any]) -> bool:
+    """Encoder-decoder (T5), by its config.json."""
+    return bool(model_config.get("is_encoder_decoder"))
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """transformers without its progress bars and advice: what matters is printed by us."""
@@ -127,12 +132,13 @@ def _first_line(error: Exception) -> str:
 
 
 def load_base(path: str, dtype: torch.dtype | str) -> torch.nn.Module:
-    """A causal language model from a local folder, on the CPU, all weights in `dtype` ("auto": as saved)."""
-    from transformers import AutoModelForCausalLM
+    """A language model (causal, or T5-like) from a local folder, on the CPU, in `dtype` ("auto": as saved)."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    kind = AutoModelForSeq2SeqLM if is_seq2seq(check_model_folder(path)) else AutoModelForCausalLM
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
+            model = kind.from_pretrained(
                 path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
             )
     except Exception as error:
@@ -163,9 +169,22 @@ def build(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> torc
             )
     except (ValueError, TypeError) as error:
         raise UserError(f"{config.model}: {error}") from None
+    show_dtypes(model)
     for w in caught:
         print(f"note: {w.message}")
     return model.to(device)
+
+
+def show_dtypes(model: torch.nn.Module) -> None:
+    """Give adapters around T5's `wo` a `weight` whose dtype T5's feed-forward asks for: that of the products.
+
+    It casts its input to `wo.weight.dtype`, which for packed bytes would be uint8. The tensor is empty and not saved.
+    """
+    other = next(p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
+    for name, module in model.named_modules():
+        if name.endswith(".wo") and isinstance(module, LoRALinear):
+            base = module.base_layer
+            module.weight = torch.empty(0, dtype=other if isinstance(base, Linear4bit) else base.weight.dtype)
 
 
 def quant_config(config: TrainConfig) -> QuantConfig:

@@ -1,7 +1,7 @@
 """Fold an adapter into 16-bit weights: W' + scaling B A, with W' the weights the adapter was trained on.
 
-`dequantized` (default) merges into W' = dequantize(quantize(W)); `original` into W, on which the adapter was not
-trained. Either way the result is compared with the adapter model on a text, and a merge that changed nothing is refused.
+`dequantized` (default) merges into W' = dequantize(quantize(W)); `original` into W, which the adapter never saw.
+Either way the result is compared with the adapter model on a text, and a merge that changed nothing is refused.
 """
 
 import math
@@ -16,6 +16,7 @@ import torch
 from ..cli import UserError
 from ..nn import Linear4bit, LoRALinear
 from .engine import Served, load_quantized
+from .loading import show_dtypes
 from .peft_io import AdapterError, attach_adapter
 
 BASES = ("dequantized", "original")
@@ -53,6 +54,7 @@ def merged_model(served: Served, onto: str, dtype: torch.dtype) -> tuple[Any, An
 def _attach(model: Any, served: Served, ids: torch.Tensor) -> torch.Tensor:
     try:
         attach_adapter(model, str(served.adapter))
+        show_dtypes(model)
     except AdapterError as error:
         raise UserError(str(error)) from None
     return _log_probabilities(model, ids)
@@ -73,7 +75,8 @@ def fold(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def _log_probabilities(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return model.eval()(ids).logits.double().log_softmax(-1)
+    decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    return model.eval()(ids, **decoder).logits.double().log_softmax(-1)
 
 
 def _divergence(p: torch.Tensor, q: torch.Tensor) -> float:

@@ -51,13 +51,13 @@ def load_lora_state_dict(model: torch.nn.Module, state: dict[str, torch.Tensor])
             parameter.copy_(state[key])
 
 
-def adapter_config(model: torch.nn.Module, base: str, dropout: float, task: str = "CAUSAL_LM") -> dict[str, Any]:
+def adapter_config(model: torch.nn.Module, base: str, dropout: float) -> dict[str, Any]:
     """The fields that PEFT and its readers need. Target names are suffixes (q_proj), never paths with layer numbers."""
     modules = lora_modules(model)
     first = next(iter(modules.values()))
     return {
         "peft_type": "LORA",
-        "task_type": task,
+        "task_type": "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": first.rank,

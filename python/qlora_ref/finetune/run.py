@@ -21,6 +21,7 @@ from .encode import Dataset, find_format, load_dataset
 from .loading import (
     build,
     check_model_folder,
+    is_seq2seq,
     load_tokenizer,
     pad_id,
     require_transformers,
@@ -78,13 +79,20 @@ def check_output(config: TrainConfig) -> None:
         raise UserError(f"--output {folder}: no permission to write in {parent}.")
 
 
-def _load_data(config: TrainConfig, tokenizer: Any) -> tuple[TrainConfig, Dataset, Dataset, list[int], list[int]]:
+def _load_data(
+    config: TrainConfig, tokenizer: Any, seq2seq: bool
+) -> tuple[TrainConfig, Dataset, Dataset, list[int], list[int]]:
     form = find_format(config.data, config.format)
     template = form.template if config.template == "auto" else config.template
     config = config.replace(format=form.name, template=template)
-    data = load_dataset(config.data, form, template, tokenizer, config)
+    if seq2seq and (config.packing or config.loss_on == "all" or template in ("guanaco", "chat")):
+        raise UserError(
+            "an encoder-decoder model takes one prompt and one answer: no --packing, no --loss-on all, and "
+            "--template alpaca or plain."
+        )
+    data = load_dataset(config.data, form, template, tokenizer, config, seq2seq)
     if config.eval_data:
-        held = load_dataset(config.eval_data, form, template, tokenizer, config.replace(max_examples=None))
+        held = load_dataset(config.eval_data, form, template, tokenizer, config.replace(max_examples=None), seq2seq)
         return config, data, held, list(range(len(data))), list(range(len(held)))
     if len(data) < 2 and config.eval_size > 0:
         raise UserError(f"{config.data} has one usable example, too few to hold any out; pass --eval-size 0.")
@@ -119,11 +127,12 @@ def prepare(config: TrainConfig) -> Prepared:
     check_output(config)
     config = embedded(config)
     loggers.check(config)
-    _check_lengths(config, check_model_folder(config.model))
+    model_config = check_model_folder(config.model)
+    _check_lengths(config, model_config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     tokenizer = load_tokenizer(config.model)
-    config, data, held, train_ids, eval_ids = _load_data(config, tokenizer)
+    config, data, held, train_ids, eval_ids = _load_data(config, tokenizer, is_seq2seq(model_config))
     short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     config = config.replace(device=str(device), dtype=short[dtype])
     reset_peak(device)
