@@ -2,22 +2,24 @@
 // Compile with --fmad=false; never with fast-math.
 //
 // dequantize  x' = round(level[code] * absmax')          absmax' flat, or decoded here from its own 8-bit codes
-//   bytes     n/2 codes + n/64 absmax codes (or n/16 absmax) in, n * sizeof(T) out       flops n
-//   floor     4096 x 14336 to bf16 with double quantization: 30.3 MB in + 117.4 MB out = 34.4 us at 4.3 TB/s (H200 copy)
+//   bytes     n/2 codes + n/64 absmax codes (or n/16 absmax) in, n * sizeof(T) out;  flops n
+//   floor     4096 x 14336 to bf16, double quantization: 30.3 MB in + 117.4 MB out = 34.4 us at 4.3 TB/s (H200 copy)
 //   predicted 88-95 % of it (36-39 us): about 10 issue slots a weight (SASS: 5.5 in the stores' loop, the rest once a
 //             tile), 17 us of issue; vector width and bytes in flight decide, not the table
-//   sm_90a    40 registers (float32: 48), no spills                                      measured: never, no card at hand
+//   sm_90a    40 registers (float32: 48), no spills
+//   measured  never: no card was at hand
 //
 // quantize    absmax = max |x| of a block; s = x / absmax; code = order[thresholds below s]
-//   bytes     n * sizeof(T) in, n/2 + n/16 out                                             flops 3n
+//   bytes     n * sizeof(T) in, n/2 + n/16 out;  flops 3n
 //   floor     4096 x 14336 from bf16: 117.4 + 33.0 MB = 35.0 us
 //   predicted 75-85 % (41-47 us): about 20 issue slots a weight (SASS), 35 us of issue, as long as the memory takes.
 //             With 8 elements a lane it was 28: absmax, reciprocal and branches are paid once a lane, hence 16
-//   sm_90a    56 registers with the bin table, 64 with the search, no spills              measured: never
+//   sm_90a    56 registers with the bin table, 64 with the search, no spills
+//   measured  never
 //
-// How: a warp owns a tile, a lane 8 (dequantize, stored as 16 bytes) or 16 (quantize) neighbouring elements of it. Tables live in
-// registers, one entry a lane, and are read by shuffles. The absmax of a tile's blocks is computed by as many lanes as
-// there are blocks and handed out by shuffles.
+// How: a warp owns a tile, a lane 8 (dequantize, stored as 16 bytes) or 16 (quantize) neighbouring elements of it.
+// Tables live in registers, one entry a lane, and are read by shuffles. The absmax of a tile's blocks is computed by as
+// many lanes as there are blocks and handed out by shuffles.
 #include "../cpp/kernels.h"
 #include "common.cuh"
 #include "encode.h"
@@ -110,8 +112,8 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 // --- quantize --------------------------------------------------------------------------------------------------------
 
-// One entry a lane of the bin table (BINS) or of the sorted thresholds. The byte of codes is repeated four times, so that
-// a code is already (or one shift of 4 away from) where it belongs in the word of eight.
+// One entry a lane of the bin table (BINS) or of the sorted thresholds. The byte of codes is repeated four times, so
+// that a code is already (or one shift of 4 away from) where it belongs in the word of eight.
 struct LaneTable {
   float threshold;
   uint32_t codes;
@@ -150,8 +152,7 @@ struct Sixteen {
 
 // Their codes as two little-endian words of four bytes.
 template <bool BINS>
-__device__ __forceinline__ uint2 encode16(Sixteen v, float absmax, uint8_t order0, uint8_t zero_code,
-                                          LaneTable table) {
+__device__ __forceinline__ uint2 encode16(Sixteen v, float absmax, uint8_t order0, uint8_t zero_code, LaneTable table) {
   if (fabsf(absmax) > kLargestInvertible) {  // the reciprocal would be subnormal
 #pragma unroll
     for (int e = 0; e < kPerLane; ++e) v.half[e / 8][e % 8] /= absmax;
@@ -179,7 +180,8 @@ __device__ __forceinline__ Sixteen load_input(const T* x, int64_t i, int64_t n, 
     load8(x + i + 8, v.half[1]);
   } else {
 #pragma unroll
-    for (int e = 0; e < kPerLane; ++e) v.half[e / 8][e % 8] = i + e < n ? to_float(x[i + e]) : 0.0f;  // changes no absmax
+    for (int e = 0; e < kPerLane; ++e)
+      v.half[e / 8][e % 8] = i + e < n ? to_float(x[i + e]) : 0.0f;  // changes no absmax
   }
   return v;
 }
@@ -229,8 +231,9 @@ constexpr int kQuantizeTile = kPerLane * kLanes;  // 512 elements a warp
 // Blocks of at most 512: a tile holds whole blocks.
 template <class T, bool BINS>
 __global__ void __launch_bounds__(kThreads, 4)
-    quantize_kernel(const T* __restrict__ x, const __grid_constant__ Input in, const __grid_constant__ Codebook codebook,
-                    const __grid_constant__ BinTable bins, uint8_t* __restrict__ packed, float* __restrict__ absmax) {
+    quantize_kernel(const T* __restrict__ x, const __grid_constant__ Input in,
+                    const __grid_constant__ Codebook codebook, const __grid_constant__ BinTable bins,
+                    uint8_t* __restrict__ packed, float* __restrict__ absmax) {
   const int64_t start = warp_id() * kQuantizeTile;
   if (start >= in.n) return;
   const int lane = lane_id(), lanes_per_block = (1 << in.block_shift) / kPerLane;
@@ -294,8 +297,8 @@ void dequantize_4bit(const Weight4bit& weight, const Codebook& codebook, void* o
   });
 }
 
-void quantize_4bit(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook,
-                   uint8_t* packed, float* absmax, void* stream) {
+void quantize_4bit(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
+                   float* absmax, void* stream) {
   const Input in{n, block_shift_of(block_size), aligned(x, 16), aligned(packed, 8)};
   const BinTable bins = make_bins(codebook);
   with_type(dtype, [&](auto type) {

@@ -90,8 +90,8 @@ __device__ __forceinline__ void store16(f32* out, const float (&v)[4]) {
 }
 template <class T>
 __device__ __forceinline__ void store16(T* out, const float (&v)[8]) {
-  *reinterpret_cast<uint4*>(out) = make_uint4(pack2(T{}, v[0], v[1]), pack2(T{}, v[2], v[3]), pack2(T{}, v[4], v[5]),
-                                              pack2(T{}, v[6], v[7]));
+  *reinterpret_cast<uint4*>(out) =
+      make_uint4(pack2(T{}, v[0], v[1]), pack2(T{}, v[2], v[3]), pack2(T{}, v[4], v[5]), pack2(T{}, v[6], v[7]));
 }
 
 // 16 bytes read once by the whole grid: not worth a place in L1.
@@ -160,8 +160,9 @@ inline void check(cudaError_t error, const char* what) {
   if (error == cudaErrorNoKernelImageForDevice) {
     sentence += "; this card is not among the targets of the build, rebuild with -DQLORA_CUDA_ARCHS=native";
   } else if (error == cudaErrorInsufficientDriver) {
-    sentence += "; the NVIDIA driver is older than the CUDA runtime of the build, update the driver or build with an "
-                "older CUDA toolkit";
+    sentence +=
+        "; the NVIDIA driver is older than the CUDA runtime of the build, update the driver or build with an "
+        "older CUDA toolkit";
   } else {
     sentence += "; an earlier kernel may be the cause, rerun with CUDA_LAUNCH_BLOCKING=1";
   }

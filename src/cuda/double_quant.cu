@@ -4,9 +4,10 @@
 //   d = absmax - mean;  nested = max |d| per group;  code = number of map thresholds below d / nested, guarded
 //   absmax' = map[code] * nested + mean: two roundings
 //
-//   bytes     4 a block in, 1 out (or the reverse); a 4096 x 14336 weight has 0.92 M blocks: 4.6 MB = 1.1 us at 4.3 TB/s
+//   bytes     4 a block in, 1 out (or the reverse); 0.92 M blocks of a 4096 x 14336 weight: 4.6 MB = 1.1 us at 4.3 TB/s
 //   predicted launch-bound, 3-4 us; run once a weight when it is quantized. Decoding is fused into blockwise.cu and
 //             linear_small.cu, so double_dequantize is for inspection only
+//   sm_90a    32 registers, no spills
 //   measured  never: no card was at hand
 #include "../cpp/kernels.h"
 #include "common.cuh"
@@ -58,7 +59,8 @@ __global__ void __launch_bounds__(kThreads)
 
   const float inverse = reciprocal(nested);
   for (int64_t i = start + thread; i < end; i += kThreads) {
-    const int nearest = nested == 0.0f ? map.zero_code : search(thresholds, normalize(absmax[i] - mean, nested, inverse));
+    const int nearest =
+        nested == 0.0f ? map.zero_code : search(thresholds, normalize(absmax[i] - mean, nested, inverse));
     codes[i] = uint8_t(nearest > lowest ? nearest : lowest);
   }
   if (thread == 0) nested_absmax[blockIdx.x] = nested;
@@ -74,8 +76,8 @@ __global__ void __launch_bounds__(kThreads)
 
 void double_quantize(const float* absmax, int64_t n, const float* mean, int64_t nested_block_size, const Map8& map,
                      uint8_t* codes, float* nested_absmax, void* stream) {
-  launch("double_quantize", double_quantize_kernel, ceil_div(n, nested_block_size), 1, kThreads, stream, absmax, n, mean,
-         nested_block_size, map, codes, nested_absmax);
+  launch("double_quantize", double_quantize_kernel, ceil_div(n, nested_block_size), 1, kThreads, stream, absmax, n,
+         mean, nested_block_size, map, codes, nested_absmax);
 }
 
 void double_dequantize(const Absmax& absmax, int64_t n, float* out, void* stream) {

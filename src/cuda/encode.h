@@ -1,5 +1,5 @@
 // Scalar semantics of the GPU quantizer that src/cpp/math.h does not have: the absmax as an integer key, and the bin
-// table that finds a code with one comparison. Host and device; tests/test_cuda_emulated.py holds both to the reference.
+// table that finds a code with one comparison. Host and device; tests/test_cuda_emulated.py holds it to the reference.
 #pragma once
 #include <cmath>
 
@@ -29,7 +29,7 @@ constexpr int kBins = 32;  // one a lane
 constexpr float kBinScale = 15.999f;
 
 // Bin of s in [-1, 1]: floor(s * 15.999) + 16, which is 0..31. Zero is a bin edge. One FFMA.RZ on the device: 2^23 + 16
-// plus the product, truncated, has the integer in its lowest bits. The product is exact in float64, so both sides agree.
+// plus the product, truncated, has the integer in its lowest bits. The product is exact in float64: both sides agree.
 QLORA_HD int bin_of(float s) {
 #ifdef __CUDA_ARCH__
   return int(float_to_bits(__fmaf_rz(s, kBinScale, 0x1p23f + 16.0f)) & 31u);
@@ -40,8 +40,8 @@ QLORA_HD int bin_of(float s) {
 
 // code(s) = s > threshold[bin] ? codes[bin] >> 4 : codes[bin] & 15
 //
-// Exact for *any* non-decreasing bin_of, if no bin holds two thresholds: a threshold in a lower bin than s lies below s,
-// one in a higher bin does not, and the one in the same bin is compared with. Of our types only fp4_e3m0, whose
+// Exact for *any* non-decreasing bin_of, if no bin holds two thresholds: a threshold in a lower bin than s lies below
+// s, one in a higher bin does not, and the one in the same bin is compared with. Of our types only fp4_e3m0, whose
 // thresholds crowd around zero, has such a bin; it takes the search (`usable` false).
 struct BinTable {
   float threshold[kBins];

@@ -75,9 +75,9 @@ QLORA_INDEX int64_t strided_position(int64_t row, int64_t col, uint32_t offset, 
 
 // --- the linear layer for few tokens (linear_small.cu) ---------------------------------------------------------------
 
-constexpr int kLinearWarps = 8;        // of a block
-constexpr int kLinearStep = 128;       // columns a warp decodes between two loads: 4 lanes a row, 32 weights a lane
-constexpr int kLinearMaxTokens = 32;   // accumulators for more would not fit the registers
+constexpr int kLinearWarps = 8;       // of a block
+constexpr int kLinearStep = 128;      // columns a warp decodes between two loads: 4 lanes a row, 32 weights a lane
+constexpr int kLinearMaxTokens = 32;  // accumulators for more would not fit the registers
 
 // A warp holds `row_tiles` tiles of 16 rows by `token_tiles` tiles of 8 tokens; `row_warps` of a block's 8 warps take
 // different rows, the rest split the columns.

@@ -5,16 +5,17 @@
 //   bytes     rows * cols * 0.5159 (double quantization) + x + y;  flops 2 m rows cols
 //   floor     4096 x 14336 (30.3 MB): 7.1 us at 4.3 TB/s for m = 1..32; 8192 x 8192: 8.1 us
 //   predicted mma kernel, m <= 8: 60-70 % of the floor from 8192 x 8192 on. The loop is about 5.2 issue slots a weight
-//             (SASS: SHFL, SHF, FMUL, half F2FP, and a quarter for loads, x and HMMA), so issue allows 25 weights/clock/
-//             SM, 77 % of what memory delivers. Below 20 MB of weights launch and tail (2-3 us) dominate. m = 32: x
-//             comes from L2 once per 32-128 rows and takes as long as the weights, 40-55 %
-//   sm_90a    mma: 80 to 128 registers (m > 16: 157, 194), simt: 64, 96; no spills        measured: never, no card at hand
+//             (SASS: SHFL, SHF, FMUL, half F2FP, a quarter for loads, x and HMMA), so issue allows 25 weights/clock/SM,
+//             77 % of what memory delivers. Below 20 MB of weights launch and tail (2-3 us) dominate. m = 32: x comes
+//             from L2 once per 32-128 rows and takes as long as the weights, 40-55 %
+//   sm_90a    mma: 80 to 128 registers (m > 16: 157, 194), simt: 64, 96; no spills
+//   measured  never: no card was at hand
 //
 // Two kernels. linear_mma (bf16, f16; sm_80 and later): W rows are the 16-row operand of mma.m16n8k16, tokens the
 // 8-column operand, so one decoded weight serves 8 tokens a product and m = 1 wastes tensor cores, not memory. No
-// repacking: a product may sum over k in any order, so a lane takes 32 *consecutive* weights of a row (one 16-byte load,
-// one absmax) and calls four at a time "its" k of a product; x is read with the same permutation. linear_simt: float32,
-// and any dtype on older cards. In both, the warps of a block share rows and split k; partial sums meet in shared memory.
+// repacking: a product may sum over k in any order, so a lane takes 32 *consecutive* weights of a row (one 16-byte
+// load, one absmax) and calls four at a time "its" k of a product; x is read with the same permutation. linear_simt:
+// float32, and any dtype on older cards. In both, the warps of a block split k; partial sums meet in shared memory.
 #include "../cpp/kernels.h"
 #include "common.cuh"
 
@@ -36,10 +37,10 @@ struct Shape {
 template <class T>
 __device__ __forceinline__ void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-#define QLORA_MMA(type)                                                                                        \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                          \
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                          \
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                \
+#define QLORA_MMA(type)                                                               \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
   if constexpr (std::is_same_v<T, bf16>) {
     QLORA_MMA("bf16");
@@ -56,7 +57,7 @@ __device__ __forceinline__ void mma_16816(float (&c)[4], const uint32_t (&a)[4],
 template <int R>
 struct Step {
   uint4 codes[R][2];
-  float absmax[R][2];       // the block's absmax, or under double quantization the nested one,
+  float absmax[R][2];          // the block's absmax, or under double quantization the nested one,
   uint32_t absmax_code[R][2];  // with the 8-bit code
 };
 
@@ -104,9 +105,10 @@ __device__ __forceinline__ void decode4(float lane_level, uint32_t word, int par
 // R row tiles of 16 a warp, N token tiles of 8. `row_warps` of the 8 warps take different rows, the others split k.
 template <class T, int R, int N>
 __global__ void __launch_bounds__(kThreads, N == 4 ? 1 : 2)
-    linear_mma_kernel(const T* __restrict__ x, const uint8_t* __restrict__ packed, const __grid_constant__ Scales scales,
-                      const __grid_constant__ Codebook codebook, const T* __restrict__ bias, T* __restrict__ y,
-                      const __grid_constant__ Shape shape, int row_warps) {
+    linear_mma_kernel(const T* __restrict__ x, const uint8_t* __restrict__ packed,
+                      const __grid_constant__ Scales scales, const __grid_constant__ Codebook codebook,
+                      const T* __restrict__ bias, T* __restrict__ y, const __grid_constant__ Shape shape,
+                      int row_warps) {
   constexpr int kRows = 16 * R, kTokens = 8 * N;
   __shared__ float map[256];
   __shared__ float partial[kWarps][kRows][kTokens + 1];
@@ -119,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, N == 4 ? 1 : 2)
   const float lane_level = codebook.levels[lane % 16];
   const int64_t rows_below = shape.rows - row;
   const int rows_left = rows_below < kRows ? int(rows_below) : kRows;  // may be negative
-  int col = k_warp * kLinearStep + t * 32;  // of this lane
+  int col = k_warp * kLinearStep + t * 32;                             // of this lane
   int64_t flat = row * shape.cols + col;
   const T* x_lane = x + int64_t(g) * shape.cols + col;  // token g
   Step<R> step = load_step<R>(packed, scales, shape, flat, rows_left, col);
@@ -295,11 +297,17 @@ void launch_simt(const Call& c) {
 
 void linear_4bit_forward(const void* x, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
                          const void* bias, void* y, void* stream) {
-  if (m < 0 || m > kLinearMaxTokens || weight.cols % 8 != 0 || weight.cols > INT32_MAX / 2 || !aligned(x, 16) || !aligned(weight.packed, 16)) {
+  const bool shape_fits = m >= 0 && m <= kLinearMaxTokens && weight.cols % 8 == 0 && weight.cols <= INT32_MAX / 2;
+  if (!shape_fits || !aligned(x, 16) || !aligned(weight.packed, 16)) {
     throw std::runtime_error("linear_4bit_forward takes at most " + std::to_string(kLinearMaxTokens) +
                              " tokens, a multiple of 8 columns and 16-byte aligned storage; dequantize for others");
   }
-  const Call call{x, bias, y, stream, weight, codebook,
+  const Call call{x,
+                  bias,
+                  y,
+                  stream,
+                  weight,
+                  codebook,
                   {weight.rows, int(weight.cols), int(m), log2_or_minus_one(weight.block_size)}};
   if (m == 0) return;
   const Device device = current_device();
