@@ -16,7 +16,7 @@ import torch
 from ..cli import UserError
 from ..nn import Linear4bit, LoRALinear
 from .engine import Served, load_quantized
-from .loading import show_dtypes
+from .loading import quiet, show_dtypes
 from .peft_io import AdapterError, attach_adapter
 
 BASES = ("dequantized", "original")
@@ -92,8 +92,9 @@ def save_merged(model: Any, tokenizer: Any, output: Path) -> None:
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        with quiet():
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
         state = model.state_dict()
         for path in temporary.glob("*.safetensors"):
             for name, tensor in load_file(path).items():

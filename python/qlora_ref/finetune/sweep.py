@@ -96,7 +96,7 @@ def finished(database: sqlite3.Connection) -> set[str]:
 
 def permuted_base(model: str, seed: int, folder: Path) -> str:
     """A folder with `model`, its channels permuted by `seed`; made once, atomically."""
-    from .loading import load_base, load_tokenizer
+    from .loading import load_base, load_tokenizer, quiet
     from .permute import permute_llama
 
     if not (folder / "config.json").exists():
@@ -106,8 +106,9 @@ def permuted_base(model: str, seed: int, folder: Path) -> str:
         except ValueError as error:
             raise UserError(f"permute: {error}.") from None
         temporary = folder.with_name(folder.name + f".tmp-{time.monotonic_ns()}")
-        base.save_pretrained(temporary)
-        load_tokenizer(model).save_pretrained(temporary)
+        with quiet():
+            base.save_pretrained(temporary)
+            load_tokenizer(model).save_pretrained(temporary)
         try:
             temporary.rename(folder)
         except OSError:  # another process was first
