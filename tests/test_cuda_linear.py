@@ -59,6 +59,24 @@ def test_both_ways_to_add_the_adapter(shape, rank, backend):
 
 
 @needs_cxx
+def test_autocast_changes_nothing_inside(backend):
+    """The caller chose x's dtype: a float32 op under bf16 autocast stays float32, bit for bit."""
+    x, dy, weight, bias, A, B = lora_arguments(40, 96, 64, 8)
+    calls = {
+        "linear_4bit": (x, *weight, 96, bias),
+        "linear_4bit_backward": (dy, *weight, 64),
+        "lora_linear_4bit": (x, *weight, 96, bias, A, B, 0.25),
+        "lora_linear_4bit_backward": (dy, x, *weight, A, B, 0.25, True),
+    }
+    for op, arguments in calls.items():
+        expected = as_tuple(run(backend, op, arguments))
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = as_tuple(run(backend, op, arguments))
+        for a, e in zip(actual, expected, strict=True):
+            assert_bits_equal(a, e, op)
+
+
+@needs_cxx
 def test_scratch_serves_the_backward(backend, monkeypatch):
     """Recomputed forward, then backward: one dequantization. Another adapter step changes B, not the decoded weight."""
     decoded = []

@@ -18,6 +18,7 @@ keeps the latest decoded weights within a budget, so that the backward finds wha
 """
 
 from collections import OrderedDict
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -106,6 +107,19 @@ def padded_rank(rank: int) -> int:
     return -(-rank // 8) * 8
 
 
+def _without_autocast(method):
+    """The op's dtype is that of x, decided by the caller; autocast would change that of the products inside."""
+
+    @wraps(method)
+    def call(self, x, *args):
+        if not torch.is_autocast_enabled(x.device.type):
+            return method(self, x, *args)
+        with torch.autocast(x.device.type, enabled=False):
+            return method(self, x, *args)
+
+    return call
+
+
 class CudaLinear:
     """Mixed into native.CudaBackend, in front of Backend: the linear layer for every number of tokens.
 
@@ -115,6 +129,7 @@ class CudaLinear:
 
     scratch: Scratch
 
+    @_without_autocast
     def linear_4bit_forward(self, x, *args):
         """y (..., out) = x (..., in) W'^T + bias, in the dtype of x."""
         *weight, out_features, bias = args if len(args) == 10 else (*args, None)
@@ -123,6 +138,7 @@ class CudaLinear:
             return super().linear_4bit_forward(x, *args)
         return linear(x, self.dequantize_4bit(*weight, (out_features, in_features), x.dtype), bias)
 
+    @_without_autocast
     def linear_4bit_backward(self, dy, *args):
         """dx (..., in) = dy (..., out) W'. Always dequantize + cuBLAS: gradients come in batches of many tokens."""
         *weight, in_features = args
@@ -149,6 +165,7 @@ class CudaLinear:
             self.scratch.keep(tensors, key, buffer)
         return buffer
 
+    @_without_autocast
     def lora_linear_4bit(self, x, *args):
         """y (..., out) = x W'^T + bias + scaling (x A^T) B^T."""
         *weight, out_features, bias, lora_A, lora_B, scaling = args
@@ -172,6 +189,7 @@ class CudaLinear:
             y.addmm_(u, B.T)
         return y.view(*x.shape[:-1], out_features)
 
+    @_without_autocast
     def lora_linear_4bit_backward(self, dy, x, *args):
         """(dx (..., in) or empty, dA (rank, in), dB (out, rank)); the gradients in the dtypes of A and B."""
         *weight, lora_A, lora_B, scaling, need_dx = args
