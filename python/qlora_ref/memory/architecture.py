@@ -4,10 +4,11 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # model_type -> what its config.json does not say. `biases` are the linear layers that carry a bias,
 # `norms` the (h,) norms of one layer, `qk_norm` a norm of every query and key head, `softcap` a tanh over the logits.
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
     "mixtral": {},

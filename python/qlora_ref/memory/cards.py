@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .architecture import Architecture
 from .estimate import Estimate, Margin, estimate
@@ -52,7 +53,7 @@ def verdict(result: Estimate, card: Card) -> Verdict:
     a, s, margin = result.architecture, result.settings, result.margin
     fits = result.needed <= card.size
 
-    def ok(**change: int) -> bool:
+    def ok(**change: Any) -> bool:
         return estimate(a, replace(s, **change), margin).needed <= card.size
 
     return Verdict(
@@ -79,7 +80,7 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
 
 def remedies(s: Settings) -> list[dict]:
     """Changes that can lower memory, those that leave the result the same first, then from mild to harsh."""
-    candidates = [
+    candidates: list[dict[str, Any]] = [
         {"paged": True},
         {"checkpointing": True},
         {"logits_chunk": 1024},

@@ -113,7 +113,7 @@ def trainable_tensors(a: Architecture, s: Settings) -> list[tuple[int, int]]:
 
 
 def _weights(a: Architecture, s: Settings) -> Counter:
-    out = Counter()
+    out: Counter = Counter()
     e = s.activation_bytes
     out[row.EMBEDDINGS] = rounded(a.vocab * a.hidden * e) * (1 if a.tied else 2)
     out[row.SMALL] = sum(rounded(size * e) for size in a.small_tensors())

@@ -4,6 +4,7 @@ transformers is imported here, lazily, and only for its model code: no hub, no w
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -111,17 +112,16 @@ def build(
 ) -> Graph:
     """The training graph of a Hugging Face config dictionary under `settings`, on `device`, with random weights.
 
-    On "meta" nothing is allocated. Elsewhere layers are made and quantized one at a time.
+    On "meta" nothing is allocated. Elsewhere the 4-bit bytes are made directly: no 16-bit weight ever exists.
     """
     register_attention()
-    model = _load(
+    model: Any = _load(
         config, architecture, settings, device, attention or {"flash": FUSED, "eager": EAGER}[settings.attention]
     )
     model.train()
     if settings.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    decoder = model.model
-    return Graph(model, list(decoder.layers), model.lm_head, architecture)
+    return Graph(model, list(model.model.layers), model.lm_head, architecture)
 
 
 def _load(config: dict, architecture: Architecture, settings: Settings, device: str, attention: str) -> nn.Module:
@@ -145,7 +145,6 @@ def _train(model: nn.Module, architecture: Architecture, settings: Settings) -> 
     compute = DTYPES[settings.compute_dtype]
     if settings.quantized:
         quantize_model(model, quant_config(settings), compute_dtype=compute)
-    if settings.embedding_dtype != settings.compute_dtype:
         cast_unquantized(model, DTYPES[settings.embedding_dtype])
     attach_lora(
         model,

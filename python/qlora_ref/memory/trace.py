@@ -4,6 +4,7 @@ It runs two steps, so that the second forward and backward see the optimizer sta
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -57,8 +58,9 @@ def category_of(name: str, tensor: torch.Tensor) -> str:
 class States:
     """The states of `PagedAdamW`, allocated at the first step: all pages, or the pool, and a step count a tensor."""
 
-    def __init__(self, parameters: list[torch.Tensor], settings: Settings):
-        self.parameters, self.settings, self.states = parameters, settings, []
+    def __init__(self, parameters: Sequence[torch.Tensor], settings: Settings):
+        self.parameters, self.settings = parameters, settings
+        self.states: list[torch.Tensor] = []
 
     def step(self) -> None:
         if self.states:
