@@ -1,0 +1,404 @@
+"""Benchmark of the CPU kernels against bitsandbytes, plain bf16 torch and the floor, in one process on the same inputs.
+
+    python tools/bench.py --device cpu                       both shapes, one thread and all (about 10 minutes)
+    python tools/bench.py --device cpu --quick               4096 x 4096 and fewer tokens (about 2 minutes)
+    python tools/bench.py --device cpu --output docs/results writes bench_cpu.json and bench_cpu.md there
+    python tools/bench.py --device cpu --steps               also a whole training step of a 100M-parameter Llama, with
+                                                             peak memory, each arm in its own process
+
+How it measures. Alternatives take turns in one loop and the median counts (testing/timing.py). Weights rotate through
+copies that together exceed twice the last-level cache, except where a row says "cached". A floor is what the machine
+itself needs: bytes / the copy or read bandwidth measured here, or flops / the rate of the largest bf16 product.
+"""
+
+import argparse
+import copy
+import ctypes
+import datetime
+import json
+import logging
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
+
+import torch
+from torch import nn
+
+from qlora_ref import native
+from qlora_ref.nn import Linear4bit, LoRALinear, attach_lora, quantize_model
+from qlora_ref.quantized import QuantConfig, QuantizedTensor
+from qlora_ref.reference.codebook import get_codebook
+from qlora_ref.reference.double_quant import get_map8
+from qlora_ref.testing.timing import Rotation, interleaved
+
+BF16 = torch.bfloat16
+SHAPES = ((4096, 4096), (4096, 14336))  # (out, in)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+RANK = 16
+FLAT, NESTED = QuantConfig(double_quant=False), QuantConfig()
+STEP_ARMS = ("qlora_ref", "bitsandbytes", "bf16")
+
+
+@dataclass
+class Row:
+    op: str
+    shape: str
+    threads: int
+    tokens: int | None
+    times: dict[str, float]  # seconds by alternative; "nested" and "flat" are ours
+    floor: float | None = None
+    target: str = ""
+
+
+@dataclass
+class Machine:
+    read: float = 0.0  # bytes/s, one large tensor
+    copy: float = 0.0  # bytes/s, read + written
+    product: float = 0.0  # flop/s, bf16
+    info: dict = field(default_factory=dict)
+
+
+def load_bitsandbytes():
+    try:
+        logging.disable(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import bitsandbytes
+    except ImportError:
+        return None
+    return bitsandbytes
+
+
+def measure_machine() -> Machine:
+    """The ceilings with the current number of threads."""
+    big, out = torch.zeros(2**27, dtype=torch.uint8).fill_(1), torch.zeros(2**27, dtype=torch.uint8)
+    a, b = torch.randn(1024, 4096).to(BF16), torch.randn(4096, 4096).to(BF16)
+    as_int = big.view(torch.int64)
+    t = interleaved({"read": as_int.sum, "copy": lambda: out.copy_(big), "product": lambda: a @ b.T}, 5)
+    return Machine(2**27 / t["read"], 2**28 / t["copy"], 2 * 1024 * 4096 * 4096 / t["product"])
+
+
+def last_level_cache() -> int:
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        return int(text.removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        return 32 * 2**20
+
+
+# --- the ops -------------------------------------------------------------------------------------------------------------
+
+
+def bench_quantize(rows: list[Row], machine: Machine, shape, bnb, threads: int) -> None:
+    weight = torch.randn(shape).mul_(0.02).to(BF16)
+    calls = {
+        "nested": lambda: QuantizedTensor.quantize(weight, NESTED, check_finite=False),
+        "flat": lambda: QuantizedTensor.quantize(weight, FLAT, check_finite=False),
+    }
+    if bnb:
+        calls["bitsandbytes"] = lambda: bnb.functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
+    n = weight.numel()
+    floor = n * (2 + 0.5 + 1 / 16) / machine.copy
+    target = ">= 100x bitsandbytes, >= 3 Gw/s a core"
+    rows.append(Row("quantize", name(shape), threads, None, interleaved(calls, 3), floor, target))
+
+
+def bnb_kernel(bnb, packed, absmax, out):
+    """bitsandbytes' C kernel itself, into a given buffer."""
+    function = getattr(bnb.cextension.lib, "cdequantize_blockwise_cpu_nf4_bf16", None)
+    if function is None:
+        return None
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (packed, absmax, out)]
+    sizes = [ctypes.c_longlong(v) for v in (64, *out.shape)]
+    return lambda: function(*pointers, *sizes)
+
+
+def dequantize_into(q: QuantizedTensor, out: torch.Tensor) -> None:
+    tables = get_codebook(q.config.quant_type), q.config.block_size, get_map8(q.config.map8), q.config.nested_block_size
+    stats = q.packed, q.absmax, q.nested_absmax, q.absmax_mean
+    native.cpu.dequantize_4bit(*stats, *tables, q.shape, out.dtype, out=out)
+
+
+def bench_dequantize(rows: list[Row], machine: Machine, shape, bnb, threads: int) -> None:
+    weight = torch.randn(64, 4096).mul_(0.02).to(BF16)  # 0.6 MB in and out: stays in a second-level cache
+    q, flat = QuantizedTensor.quantize(weight, NESTED), QuantizedTensor.quantize(weight, FLAT)
+    out = torch.empty_like(weight)
+    calls = {"nested": lambda: dequantize_into(q, out), "flat": lambda: dequantize_into(flat, out)}
+    codebook, module = get_codebook("nf4"), native.module.cpu
+    arguments, kept = native.cpu._weight(flat.packed, flat.absmax, None, None, codebook, 64, None, 256, *weight.shape)
+    calls["flat kernel"] = lambda: module.dequantize_4bit(*arguments, out.data_ptr(), 1, weight.shape[1], threads)
+    if bnb and (kernel := bnb_kernel(bnb, flat.packed, flat.absmax, out)):
+        calls["bitsandbytes"] = kernel
+    target = "kernel >= 2.5x bitsandbytes' kernel"
+    rows.append(Row("dequantize, cached", name(weight.shape), threads, None, interleaved(calls, 99), None, target))
+
+    weight = torch.randn(shape).mul_(0.02).to(BF16)
+    q, flat = QuantizedTensor.quantize(weight, NESTED), QuantizedTensor.quantize(weight, FLAT)
+    out = torch.empty_like(weight)
+    calls = {"nested": lambda: dequantize_into(q, out), "flat": lambda: dequantize_into(flat, out)}
+    if bnb:
+        packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
+        calls["bitsandbytes"] = lambda: bnb.functional.dequantize_4bit(packed, state)
+    floor = weight.numel() * (0.5159 + 2) / machine.copy
+    target = ">= 3x bitsandbytes; nested <= 1.05 flat"
+    rows.append(Row("dequantize, public", name(shape), threads, None, interleaved(calls, 9), floor, target))
+
+
+def bnb_linear(bnb, weight, nested: bool):
+    layer = bnb.nn.Linear4bit(
+        weight.shape[1], weight.shape[0], bias=False, compute_dtype=BF16, quant_type="nf4", compress_statistics=nested
+    )
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=nested)
+    return layer.to("cpu")
+
+
+def bench_linear(rows: list[Row], machine: Machine, shape, tokens_list, bnb, threads: int) -> None:
+    weight = torch.randn(shape).mul_(0.02).to(BF16)
+    n = weight.numel()
+    linear = nn.Linear(shape[1], shape[0], bias=False, dtype=BF16)
+    linear.weight.data = weight
+    layers = {
+        "nested": Linear4bit.from_linear(linear, NESTED),
+        "flat": Linear4bit.from_linear(linear, FLAT),
+        "bf16": linear,
+    }
+    if bnb:
+        layers["bitsandbytes"] = bnb_linear(bnb, weight, nested=True).eval()
+        layers["bnb flat"] = bnb_linear(bnb, weight, nested=False).eval()
+    copies = max(2, -(-2 * last_level_cache() // (n // 2)))
+    items = {}
+    with torch.no_grad():
+        for key, layer in layers.items():
+            many = copies if key != "bf16" else max(2, -(-2 * last_level_cache() // (2 * n)))
+            items[key] = [layer] + [copy.deepcopy(layer) for _ in range(many - 1)]
+            for each in items[key]:
+                each(torch.zeros(1, shape[1], dtype=BF16))  # bitsandbytes repacks its weight at the first call
+        for m in tokens_list:
+            x = torch.randn(m, shape[1]).to(BF16)
+            calls = {key: Rotation(lambda layer, x=x: layer(x), many) for key, many in items.items()}
+            floor = max(n * 0.5159 / machine.read, 2 * m * n / machine.product)
+            target = {1: ">= 1.2x bitsandbytes, >= 5x bf16 (14336)", 256: "<= 1.10 of bf16"}.get(m, "")
+            target = target or (">= 1x both" if m <= 32 else "")
+            result = interleaved(calls, 9 if m >= 64 else 21, 0.3)
+            rows.append(Row("linear, cold", name(shape), threads, m, result, floor, target))
+
+
+def peft_layer(layer, loaded_4bit: bool):
+    """PEFT's LoRA around the layer, adapters in bf16 as in ours."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = nn.Sequential(layer)
+    model.is_loaded_in_4bit = loaded_4bit
+    inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["0"]), model)
+    return model[0]
+
+
+def bench_lora(rows: list[Row], machine: Machine, shape, bnb, threads: int, m: int = 256) -> None:
+    weight = torch.randn(shape).mul_(0.02).to(BF16)
+    linear = nn.Linear(shape[1], shape[0], bias=False, dtype=BF16)
+    linear.weight.data = weight
+    linear.weight.requires_grad_(False)
+    layers = {
+        "nested": LoRALinear(Linear4bit.from_linear(linear, NESTED), RANK, 2 * RANK),
+        "flat": LoRALinear(Linear4bit.from_linear(linear, FLAT), RANK, 2 * RANK),
+        "bf16": LoRALinear(linear, RANK, 2 * RANK),
+    }
+    if bnb:
+        layers["bitsandbytes"] = peft_layer(bnb_linear(bnb, weight, nested=True), True)
+    x, dy = torch.randn(m, shape[1]).to(BF16).requires_grad_(), torch.randn(m, shape[0]).to(BF16)
+
+    def step(layer):
+        def call():
+            layer.zero_grad()
+            x.grad = None
+            layer(x).to(BF16).backward(dy)
+
+        return call
+
+    for layer in layers.values():
+        layer.train()
+    calls = {key: step(layer) for key, layer in layers.items()}
+    floor = 4 * m * weight.numel() / machine.product
+    rows.append(Row("forward + backward, LoRA", name(shape), threads, m, interleaved(calls, 5, 0.5), floor,
+                    ">= 1.5x bitsandbytes + PEFT"))  # fmt: skip
+
+
+# --- a whole training step, one process an arm ---------------------------------------------------------------------------
+
+
+def step_arm(arm: str, threads: int, tokens: int = 256, steps: int = 5) -> dict:
+    """Seconds of a step (median) and peak resident memory of one arm: a Llama of 110M parameters, bf16, LoRA on all."""
+    import transformers
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(hidden_size=768, intermediate_size=2048, num_hidden_layers=12,
+                                      num_attention_heads=12, vocab_size=16000, tie_word_embeddings=True)  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).to(BF16)
+    if arm == "bitsandbytes":
+        bnb = load_bitsandbytes()
+        from peft import LoraConfig, get_peft_model
+
+        for path, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and path != "lm_head":
+                parent = model.get_submodule(path.rpartition(".")[0])
+                setattr(parent, path.rpartition(".")[2], bnb_linear(bnb, module.weight.data, nested=True))
+        model.is_loaded_in_4bit = True
+        model.requires_grad_(False)
+        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
+    else:
+        if arm == "qlora_ref":
+            quantize_model(model)
+        attach_lora(model, RANK, 2 * RANK, dropout=0.0)
+    base = model.get_base_model() if arm == "bitsandbytes" else model
+    base.config.use_cache = False
+    base.enable_input_require_grads()
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4)
+    ids = torch.randint(0, config.vocab_size, (1, tokens))
+    times = []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": sorted(times[1:])[steps // 2], "peak_bytes": peak}
+
+
+def bench_steps(rows: list[Row], threads: int) -> dict:
+    """Arms take turns, each in fresh processes: peak memory is a property of a process."""
+    results: dict[str, list[dict]] = {arm: [] for arm in STEP_ARMS}
+    for _ in range(3):
+        for arm in STEP_ARMS:
+            command = [sys.executable, __file__, "--arm", arm, "--threads", str(threads)]
+            run = subprocess.run(command, capture_output=True, text=True)
+            if run.returncode:
+                print(f"training step of {arm} failed: {run.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+                continue
+            results[arm].append(json.loads(run.stdout.strip().splitlines()[-1]))
+    keys = {"qlora_ref": "nested"}
+    times = {keys.get(a, a): sorted(r["seconds"] for r in rs)[len(rs) // 2] for a, rs in results.items() if rs}
+    rows.append(Row("training step, Llama 110M", "256 tokens", threads, 256, times, None, ">= 1.5x bitsandbytes + PEFT"))
+    return {arm: max(r["peak_bytes"] for r in rs) for arm, rs in results.items() if rs}
+
+
+# --- report ------------------------------------------------------------------------------------------------------------
+
+
+def name(shape) -> str:
+    return f"{shape[0]} x {shape[1]}"
+
+
+def machine_info(bnb) -> dict:
+    from qlora_ref.doctor import cpu_name
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "CPU": cpu_name(), "cores": os.cpu_count(), "variant": native.module.cpu.variant(),
+        "compiler": native.module.compiler, "torch": torch.__version__, "python": platform.python_version(),
+        "bitsandbytes": getattr(bnb, "__version__", "absent"), "commit": commit,
+        "date": datetime.date.today().isoformat(), "load average": round(os.getloadavg()[0], 1),
+    }  # fmt: skip
+
+
+HEAD = (
+    "| op | out x in | threads | tokens | ours nested ms | ours flat ms | bitsandbytes ms | bf16 torch ms | floor ms | "
+    "bnb/ours | bf16/ours | floor/ours | nested/flat | target |\n" + "|---" * 14 + "|"
+)
+
+
+def line(row: Row) -> str:
+    t = row.times
+    ours = t["nested"]
+
+    def ms(key):
+        return f"{t[key] * 1e3:.3f}" if key in t else ""
+
+    def ratio(a, b):
+        return f"{a / b:.2f}" if a and b else ""
+
+    bnb = min((t[k] for k in ("bitsandbytes", "bnb flat") if k in t), default=None)
+    cells = [row.op, row.shape, str(row.threads), str(row.tokens or ""), ms("nested"), ms("flat")]
+    cells += [f"{bnb * 1e3:.3f}" if bnb else "", ms("bf16"), f"{row.floor * 1e3:.3f}" if row.floor else ""]
+    if "flat kernel" in t:  # kernel against kernel
+        cells[5], ours = f"{t['flat'] * 1e3:.4f}, kernel {t['flat kernel'] * 1e3:.4f}", t["flat kernel"]
+    cells += [ratio(bnb, ours), ratio(t.get("bf16"), ours), ratio(row.floor, ours)]
+    cells += [ratio(t["nested"], t.get("flat")), row.target]
+    return "| " + " | ".join(cells) + " |"
+
+
+def markdown(ceilings: dict[int, Machine], info: dict, rows: list[Row], peaks: dict) -> str:
+    about = ", ".join(f"{k} {v}" for k, v in info.items())
+    measured = "; ".join(
+        f"{threads} thread{'s' * (threads > 1)}: read {m.read / 1e9:.0f} GB/s, copy {m.copy / 1e9:.0f} GB/s, bf16 "
+        f"product {m.product / 1e9:.0f} GFLOP/s"
+        for threads, m in ceilings.items()
+    )
+    text = [f"{about}.", "", f"Ceilings measured in the same run: {measured}.", "",
+            "Medians of alternatives that took turns. Column bitsandbytes: the faster of its nested and flat form.",
+            "", HEAD, *map(line, rows)]  # fmt: skip
+    if peaks:
+        shown = ", ".join(f"{arm} {peak / 2**20:.0f} MiB" for arm, peak in peaks.items())
+        text += ["", f"Peak resident memory of the training step: {shown}."]
+    return "\n".join(text) + "\n"
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one shape and few sizes")
+    parser.add_argument("--steps", action="store_true", help="also whole training steps (minutes)")
+    parser.add_argument("--threads", type=int, nargs="*", help="default: 1 and all cores")
+    parser.add_argument("--output", type=Path, help="folder for bench_cpu.json and bench_cpu.md")
+    parser.add_argument("--arm", choices=STEP_ARMS, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if native.cpu is None:
+        print(f"nothing to measure: {native.missing['cpu']}", file=sys.stderr)
+        return 2
+    warnings.simplefilter("ignore")
+    if args.arm:
+        print(json.dumps(step_arm(args.arm, args.threads[0])))
+        return 0
+    torch.manual_seed(0)
+    bnb, rows, ceilings, peaks = load_bitsandbytes(), [], {}, {}
+    info = machine_info(bnb)
+    shapes, tokens = (SHAPES[:1], (1, 8, 32, 256)) if args.quick else (SHAPES, TOKENS)
+    for threads in args.threads or sorted({1, os.cpu_count() or 1}):
+        torch.set_num_threads(threads)
+        ceilings[threads] = machine = measure_machine()
+        for shape in shapes:
+            bench_quantize(rows, machine, shape, bnb, threads)
+            bench_dequantize(rows, machine, shape, bnb, threads)
+            bench_linear(rows, machine, shape, tokens, bnb, threads)
+            bench_lora(rows, machine, shape, bnb, threads)
+            save(args.output, ceilings, info, rows, peaks)
+    if args.steps:
+        peaks = bench_steps(rows, os.cpu_count() or 1)
+        save(args.output, ceilings, info, rows, peaks)
+    print(markdown(ceilings, info, rows, peaks))
+    return 0
+
+
+def save(folder: Path | None, ceilings, info, rows, peaks) -> None:
+    """Written after every shape: a run that is cut off leaves what it measured."""
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bench_cpu.md").write_text(markdown(ceilings, info, rows, peaks))
+    content = {"machine": info, "ceilings": {t: asdict(m) for t, m in ceilings.items()}, "peaks": peaks}
+    (folder / "bench_cpu.json").write_text(json.dumps({**content, "rows": [asdict(r) for r in rows]}, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
