@@ -6,6 +6,7 @@ verb is asked for, so `qlora-ref estimate` needs no torch and `qlora-ref doctor`
 
 import difflib
 import importlib
+import os
 import sys
 
 from . import __version__
@@ -57,3 +58,6 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"qlora-ref {verb}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `qlora-ref estimate ... | head` closed the pipe: not an error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
+        return 141
