@@ -76,64 +76,70 @@ def test_autocast_changes_nothing_inside(backend):
             assert_bits_equal(a, e, op)
 
 
-@needs_cxx
-def test_scratch_serves_the_backward(backend, monkeypatch):
-    """Recomputed forward, then backward: one dequantization. Another adapter step changes B, not the decoded weight."""
-    decoded = []
+@pytest.fixture
+def decoded(backend, monkeypatch) -> list:
+    """Grows by one with each dequantization."""
+    calls: list = []
     dequantize = backend.dequantize_4bit
-    monkeypatch.setattr(backend, "dequantize_4bit", lambda *a, **k: (decoded.append(1), dequantize(*a, **k))[1])
+    monkeypatch.setattr(backend, "dequantize_4bit", lambda *a, **k: (calls.append(1), dequantize(*a, **k))[1])
+    return calls
+
+
+@needs_cxx
+def test_scratch_serves_the_backward(backend, decoded):
+    """Forward, then backward: one dequantization, and the scratch is empty again. A second backward decodes anew."""
     x, dy, weight, bias, A, B = lora_arguments(40, 96, 64, 8)
-    first = run(backend, "lora_linear_4bit", (x, *weight, 96, bias, A, B, 0.25))
-    run(backend, "lora_linear_4bit_backward", (dy, x, *weight, A, B, 0.25, True))
-    assert len(decoded) == 1
-    other = run(backend, "lora_linear_4bit", (x, *weight, 96, bias, A, 2 * B, 0.25))
-    assert len(decoded) == 1 and not torch.equal(first, other)
-    again = run(backend, "lora_linear_4bit", (x, *weight, 96, bias, A, B, 0.25))
-    assert_bits_equal(again, first, "the scratch was left in another state")
+    backward = (dy, x, *weight, A, B, 0.25, True)
+    run(backend, "lora_linear_4bit", (x, *weight, 96, bias, A, B, 0.25))
+    assert backend.scratch.nbytes == (96 + 8) * (64 + 8) * 4
+    first = run(backend, "lora_linear_4bit_backward", backward)
+    assert len(decoded) == 1 and backend.scratch.nbytes == 0
+    second = run(backend, "lora_linear_4bit_backward", backward)
+    assert len(decoded) == 2 and backend.scratch.nbytes == 0
+    for a, b in zip(first, second, strict=True):
+        assert_bits_equal(a, b, "the reused weight gave other bits than a fresh one")
 
 
 @needs_cxx
 @pytest.mark.parametrize("which", range(4), ids=["packed", "codes", "nested_absmax", "mean"])
-def test_scratch_notices_a_changed_weight(which, backend):
-    """Whatever part of the weight changes in place, the next product uses the new one."""
-    x, _, weight, bias, A, B = lora_arguments(40, 96, 64, 8)
-    before = run(backend, "lora_linear_4bit", (x, *weight, 96, bias, A, B, 0.25))
-    weight[which].copy_(weight[which].flip(0) if which < 3 else weight[which] + 1)
-    if which == 2:
-        weight[2].mul_(2)
-    after = run(backend, "lora_linear_4bit", (x, *weight, 96, bias, A, B, 0.25))
-    expected = run(EmulatedCudaBackend(backend._c), "lora_linear_4bit", (x, *weight, 96, bias, A, B, 0.25))
-    assert not torch.equal(before, after)
-    assert_bits_equal(after, expected, "a stale decoded weight was used")
+def test_scratch_notices_a_changed_weight(which, backend, decoded):
+    """Whatever part of the weight changes in place after the forward, the backward decodes the new one."""
+    x, dy, weight, bias, A, B = lora_arguments(40, 96, 64, 8)
+    run(backend, "lora_linear_4bit", (x, *weight, 96, bias, A, B, 0.25))
+    weight[which].copy_(weight[which].flip(0) if which < 2 else weight[which] * 2)
+    backward = (dy, x, *weight, A, B, 0.25, True)
+    after = run(backend, "lora_linear_4bit_backward", backward)
+    expected = run(EmulatedCudaBackend(backend._c), "lora_linear_4bit_backward", backward)
+    assert_bits_equal(after[0], expected[0], "a stale decoded weight was used")
+    assert len(decoded) == 2
 
 
 @needs_cxx
 def test_scratch_never_takes_another_tensor_for_the_same(backend):
     """A freed weight's address may come back with other contents: the scratch holds the tensor, so it cannot."""
     for seed in range(4):
-        x, _, weight, bias, A, B = lora_arguments(40, 96, 64, 8, seed=seed)
-        y = run(backend, "lora_linear_4bit", (x, *weight, 96, bias, A, B, 0.25))
-        fresh = run(EmulatedCudaBackend(backend._c), "lora_linear_4bit", (x, *weight, 96, bias, A, B, 0.25))
-        assert_bits_equal(y, fresh, f"seed {seed}")
-        del weight, x, y
+        x, dy, weight, bias, A, B = lora_arguments(40, 96, 64, 8, seed=seed)
+        backward = (dy, x, *weight, A, B, 0.25, True)
+        after = run(backend, "lora_linear_4bit_backward", backward)
+        fresh = run(EmulatedCudaBackend(backend._c), "lora_linear_4bit_backward", backward)
+        assert_bits_equal(after[0], fresh[0], f"seed {seed}")
+        run(backend, "lora_linear_4bit", (x, *weight, 96, bias, A, B, 0.25))
+        del weight, x, dy, backward
 
 
 def test_scratch_budget():
-    """Least recently used out first; the last one stays even if it alone is over the budget."""
+    """The oldest out first; the last one stays even if it alone is over the budget."""
     scratch = Scratch(budget=100)
     weights = [(torch.zeros(4),) for _ in range(4)]
-    for i, w in enumerate(weights[:3]):
+    for w in weights[:3]:
         scratch.make_room(40)
         scratch.keep(w, ("k",), torch.zeros(10))
-        assert scratch.nbytes <= 100, i
-    assert scratch.find(weights[0], ("k",)) is None
-    assert scratch.find(weights[1], ("k",)) is not None  # now the latest
-    scratch.make_room(40)
-    scratch.keep(weights[3], ("k",), torch.zeros(10))
-    assert scratch.find(weights[2], ("k",)) is None and scratch.find(weights[1], ("k",)) is not None
+        assert scratch.nbytes <= 100
+    assert scratch.take(weights[0], ("k",)) is None
+    assert scratch.take(weights[1], ("k",)) is not None and scratch.take(weights[1], ("k",)) is None
     scratch.make_room(400)
-    scratch.keep(weights[0], ("k",), torch.zeros(100))
-    assert scratch.nbytes == 400
+    scratch.keep(weights[3], ("k",), torch.zeros(100))
+    assert scratch.nbytes == 400 and scratch.take(weights[2], ("k",)) is None
     scratch.clear()
     assert scratch.nbytes == 0
 

@@ -14,10 +14,12 @@ two passes over x; adding the adapter to y afterwards (`addmm_`) costs two passe
 x is not wider than y, else `addmm_`.
 
 Gradient checkpointing decodes every weight twice in a row, in the recomputed forward and in the backward. `Scratch`
-keeps the latest decoded weights within a budget, so that the backward finds what the recomputation left.
+keeps the latest decoded weights within a budget, so that the backward finds what the recomputation left: two decodings
+a step instead of three.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -49,10 +51,11 @@ class _Kept(NamedTuple):
 
 
 class Scratch:
-    """Decoded weights, the latest first, within `budget` bytes (the last one is kept in any case).
+    """Decoded weights on their way from a forward to its backward, within `budget` bytes (the last one in any case).
 
-    An entry is only given back for the same tensors (same storage, offset and in-place version) on the same stream.
-    While a CUDA graph is captured nothing is kept or reused: a replay would not repeat what was skipped.
+    A forward always decodes and leaves its result here; a backward takes it away. It gets it only for the same tensors
+    (same storage, offset and in-place version) on the same stream. While a CUDA graph is captured nothing is kept or
+    reused: a replay would not repeat what was skipped.
     """
 
     def __init__(self, budget: int = SCRATCH_BYTES):
@@ -65,17 +68,19 @@ class Scratch:
             return None  # such tensors do not count their in-place changes
         return tuple(None if t is None else (t.untyped_storage()._cdata, t.data_ptr(), t._version) for t in tensors)
 
-    def find(self, tensors: tuple[torch.Tensor | None, ...], key: tuple) -> torch.Tensor | None:
-        entry = self._kept.get((tensors[0].data_ptr(), *key))
-        if entry is None or entry.version != self._version(tensors):
-            return None
-        self._kept.move_to_end((tensors[0].data_ptr(), *key))
-        return entry.buffer
+    @staticmethod
+    def _slot(tensors, key: tuple) -> tuple:
+        return (tensors[0].data_ptr(), *key)
+
+    def take(self, tensors: tuple[torch.Tensor | None, ...], key: tuple) -> torch.Tensor | None:
+        """The decoded weight that `keep` was given for these tensors, now forgotten here; None if there is none."""
+        entry = self._kept.pop(self._slot(tensors, key), None)
+        return None if entry is None or entry.version != self._version(tensors) else entry.buffer
 
     def keep(self, tensors: tuple[torch.Tensor | None, ...], key: tuple, buffer: torch.Tensor) -> None:
         version = self._version(tensors)
         if version is not None:
-            self._kept[(tensors[0].data_ptr(), *key)] = _Kept(tensors, version, buffer)
+            self._kept[self._slot(tensors, key)] = _Kept(tensors, version, buffer)
             self.make_room(0)
 
     def make_room(self, nbytes: int) -> None:
@@ -128,6 +133,7 @@ class CudaLinear:
     """
 
     scratch: Scratch
+    dequantize_4bit: Callable[..., torch.Tensor]
 
     @_without_autocast
     def linear_4bit_forward(self, x, *args):
@@ -144,16 +150,16 @@ class CudaLinear:
         *weight, in_features = args
         return dy @ self.dequantize_4bit(*weight, (dy.shape[-1], in_features), dy.dtype)
 
-    def _extended_weight(self, weight, rows: int, cols: int, rank: int, dtype: torch.dtype) -> torch.Tensor:
+    def _extended_weight(self, weight, rows: int, cols: int, rank: int, dtype: torch.dtype, backward: bool):
         """(rows + rank, cols + rank) with W' in [:rows, :cols]; the rest is the caller's to write."""
         tensors, device = tuple(weight[:4]), weight[0].device
         stream, capturing = _stream(device)
         codebook, block_size, map8, nested_block_size = weight[4:]
         key = (rows, cols, rank, dtype, device, stream, id(codebook), block_size, id(map8), nested_block_size)
-        buffer = None if capturing else self.scratch.find(tensors, key)
-        if buffer is not None:
+        keep = not backward and not capturing
+        if backward and not capturing and (buffer := self.scratch.take(tensors, key)) is not None:
             return buffer
-        if not capturing:
+        if keep:
             self.scratch.make_room((rows + rank) * (cols + rank) * dtype.itemsize)
         buffer = torch.empty((rows + rank, cols + rank), dtype=dtype, device=device)
         inside = buffer[:rows, :cols]
@@ -161,7 +167,7 @@ class CudaLinear:
             inside.copy_(self.dequantize_4bit(*weight, (rows, cols), dtype))
         else:
             self.dequantize_4bit(*weight, (rows, cols), dtype, out=inside)
-        if not capturing:
+        if keep:
             self.scratch.keep(tensors, key, buffer)
         return buffer
 
@@ -178,7 +184,7 @@ class CudaLinear:
             return y.addmm_(u, B.T).view(*x.shape[:-1], out_features)
 
         pad = padded_rank(rank)
-        buffer = self._extended_weight(weight, out_features, cols, pad, x.dtype)
+        buffer = self._extended_weight(weight, out_features, cols, pad, x.dtype, backward=False)
         if cols <= out_features:
             extended = _extended(x2, A.T, scaling, pad)
             _fill(buffer[:out_features, cols:], B)
@@ -207,7 +213,7 @@ class CudaLinear:
         if not need_dx:
             return dy.new_empty(0), dA, dB
 
-        buffer = self._extended_weight(weight, rows, cols, pad, x.dtype)
+        buffer = self._extended_weight(weight, rows, cols, pad, x.dtype, backward=True)
         if extend:
             _fill(buffer[rows:, :cols], A)
             dx = extended @ buffer[:, :cols]
