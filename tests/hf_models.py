@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed (pip install 'qlora_ref[hf]')")
-from transformers import (  # noqa: E402
+from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
@@ -17,7 +17,7 @@ from transformers import (  # noqa: E402
     T5Config,
     T5ForConditionalGeneration,
 )
-from transformers.utils import logging  # noqa: E402
+from transformers.utils import logging
 
 logging.disable_progress_bar()
 IDS = torch.arange(3, 23)[None]  # (1, 20) token ids that every vocabulary here has

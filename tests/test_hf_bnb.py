@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import IDS, gpt2, llama, saved
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from hf_models import IDS, gpt2, llama, saved
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

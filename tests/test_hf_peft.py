@@ -5,16 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from hf_models import IDS, gpt2, llama, saved
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'qlora_ref[hf]')")
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
-from qlora_ref import hf  # noqa: E402
-from qlora_ref.hf.lora import Lora4bit  # noqa: E402
-from qlora_ref.hf.peft import SIDE_FILE  # noqa: E402
-from qlora_ref.nn import Linear4bit  # noqa: E402
+from qlora_ref import hf
+from qlora_ref.hf.lora import Lora4bit
+from qlora_ref.hf.peft import SIDE_FILE
+from qlora_ref.nn import Linear4bit
 
 pytestmark = pytest.mark.hf
 RANK = 4

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import IDS, gpt2, llama, mixtral, saved, t5
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -15,6 +14,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from hf_models import IDS, gpt2, llama, mixtral, saved, t5
 from qlora_ref.hf import QLoraConfig
 from qlora_ref.nn import Linear4bit
 from qlora_ref.quantized import QuantConfig, QuantizedTensor

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from hf_models import IDS, llama, saved, t5, tokenizer
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'qlora_ref[hf]')")
 pytest.importorskip("accelerate", reason="accelerate is not installed (pip install 'qlora_ref[hf]')")
-from transformers import (  # noqa: E402
+from transformers import (
     AutoModelForCausalLM,
     DataCollatorWithFlattening,
     Trainer,
@@ -15,9 +16,9 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from qlora_ref import hf  # noqa: E402
-from qlora_ref.hf.loss import chunked_cross_entropy  # noqa: E402
-from qlora_ref.optim import PagedAdamW  # noqa: E402
+from qlora_ref import hf
+from qlora_ref.hf.loss import chunked_cross_entropy
+from qlora_ref.optim import PagedAdamW
 
 pytestmark = pytest.mark.hf
 

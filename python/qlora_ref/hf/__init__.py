@@ -10,9 +10,9 @@ from .versions import require
 
 require("transformers", "qlora_ref.hf")
 
-from .bnb_format import from_bnb, negative_absmax, save_bnb, use_for_bitsandbytes  # noqa: E402
-from .config import QLoraConfig  # noqa: E402
-from .quantizer import QLoraQuantizer  # noqa: E402
+from .bnb_format import from_bnb, negative_absmax, save_bnb, use_for_bitsandbytes
+from .config import QLoraConfig
+from .quantizer import QLoraQuantizer
 
 _LAZY = {  # need peft (or more), which need not be installed to load and save a model
     "allow_merge_into_4bit": "lora",

@@ -13,9 +13,9 @@ from .versions import require
 
 require("peft", "qlora_ref.hf.peft")
 
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from peft import LoraConfig, PeftModel, get_peft_model
 
-from .lora import Lora4bit  # noqa: E402
+from .lora import Lora4bit
 
 SIDE_FILE = "qlora_ref.json"  # beside adapter_config.json: which 4-bit base the adapter was trained on
 

@@ -11,7 +11,7 @@ from .versions import require
 
 require("accelerate", "qlora_ref.hf.trainer")
 
-from transformers import Trainer, TrainingArguments  # noqa: E402
+from transformers import Trainer, TrainingArguments
 
 
 def paged_adamw(args: TrainingArguments, bits: int = 32, **kwargs: Any) -> tuple[type, dict[str, Any]]:
