@@ -25,10 +25,13 @@ GIB = 2**30
 
 
 @pytest.fixture(autouse=True)
-def full_precision_reductions(monkeypatch):
+def full_precision_reductions():
     """torch lets cuBLAS round partial sums of split-k to 16 bits by default; the bounds here are for float32 sums."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
+    yield
+    matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = before
 
 
 def weight(rows, cols, dtype=torch.bfloat16, seed=0):
