@@ -26,7 +26,10 @@ _LAZY = {  # need peft (or more), which need not be installed to load and save a
     "paged_adamw": "trainer",
     "prepare_model": "peft",
     "print_trainable_parameters": "peft",
+    "rank_device_map": "distributed",
     "save_adapter": "peft",
+    "save_sharded_adapter": "distributed",
+    "shard": "distributed",
 }
 
 __all__ = [
