@@ -21,9 +21,8 @@ from qlora_ref.optim import PagedAdamW
 STEPS = 3
 
 
-def adapted(base, **kwargs):
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **kwargs)
-    return model
+def load(base, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **kwargs)
 
 
 def attach(model):
@@ -86,16 +85,17 @@ def main(mode, base, out):
     if world > 1:
         dist.init_process_group("gloo")
     rank = dist.get_rank() if world > 1 else 0
-    if mode == "native":
+    if mode.startswith("native"):
         from transformers.distributed import DistributedConfig
 
-        model = adapted(base, distributed_config=DistributedConfig(fsdp_size=world))
+        kwargs = {"quantization_config": hf.QLoraConfig(double_quant=False)} if mode == "native-quantize" else {}
+        model = load(base, distributed_config=DistributedConfig(fsdp_size=world), **kwargs)
         with torch.no_grad():
             save = model(**batch(0, 0)).logits
         result, packed = {"logits": save.full_tensor() if hasattr(save, "full_tensor") else save}, local_bytes(model)
         losses = []
     else:
-        model = attach(adapted(base, device_map=rank_device_map()))
+        model = attach(load(base, device_map=rank_device_map()))
         whole = local_bytes(model)["packed"]
         if mode == "ddp":
             model = torch.nn.parallel.DistributedDataParallel(model)

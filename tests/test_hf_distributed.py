@@ -68,9 +68,14 @@ def test_two_processes_equal_one(mode, base, alone, tmp_path):
 
 @fsdp2
 @pytest.mark.slow
-def test_transformers_native_fsdp2_loads_shards(base, tmp_path):
-    records = run("native", base, tmp_path / "run", 2)
-    model = AutoModelForCausalLM.from_pretrained(base)
+@pytest.mark.parametrize("mode", ["native", "native-quantize"])
+def test_transformers_native_fsdp2_loads_shards(mode, base, tmp_path):
+    """Each rank reads, and without double quantization also quantizes, its own rows only."""
+    kwargs = {}
+    if mode == "native-quantize":
+        base, kwargs = saved(llama(), tmp_path / "base"), {"quantization_config": hf.QLoraConfig(double_quant=False)}
+    records = run(mode, base, tmp_path / "run", 2)
+    model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
     ids = torch.randint(3, 96, (2, 2, 12), generator=torch.Generator().manual_seed(0))[0]
     logits = load_file(tmp_path / "run" / "result.safetensors")["logits"]
     with torch.no_grad():

@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from hf_models import IDS, gpt2, llama, mixtral, saved, t5
-from qlora_ref.hf import QLoraConfig
+from qlora_ref.hf import QLoraConfig, QLoraQuantizer
 from qlora_ref.nn import Linear4bit
 from qlora_ref.quantized import QuantConfig, QuantizedTensor
 
@@ -215,6 +216,15 @@ def test_automatic_device_map_in_a_multi_process_run(path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r'LOCAL_RANK'):
         load(path, QLoraConfig(), device_map="auto")
+
+
+def test_sharding_at_load_that_would_change_the_weights():
+    with pytest.raises(ValueError, match="mean of a whole tensor"):
+        QLoraQuantizer(QLoraConfig(), pre_quantized=False)._check_sharding(SimpleNamespace(fsdp_size=2))
+    with pytest.raises(ValueError, match="tensor parallelism"):
+        QLoraQuantizer(QLoraConfig())._check_sharding(SimpleNamespace(tp_size=2))
+    QLoraQuantizer(QLoraConfig())._check_sharding(SimpleNamespace(fsdp_size=2, tp_size=None))
+    QLoraQuantizer(QLoraConfig(double_quant=False), pre_quantized=False)._check_sharding(SimpleNamespace(fsdp_size=2))
 
 
 def test_bnb_config_on_our_checkpoint(path, tmp_path):

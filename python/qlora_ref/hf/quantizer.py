@@ -68,6 +68,7 @@ class QLoraQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, dtype=None, checkpoint_files=None, **kwargs) -> None:
         config = self.quantization_config
+        self._check_sharding(getattr(model.config, "distributed_config", None))
         dtype = dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype()
         if self._reads_bnb():
             names = self._replace_as_in_bnb_files(model, checkpoint_files, dtype)
@@ -82,6 +83,21 @@ class QLoraQuantizer(HfQuantizer):
         warn_fused_experts(model)
         if self.pre_quantized and not self._reads_bnb():
             check_against_files(model, checkpoint_files, config.double_quant)
+
+    def _check_sharding(self, distributed: Any) -> None:
+        """Refuse what transformers' own sharding at load (`distributed_config=`) would get wrong."""
+        if (getattr(distributed, "tp_size", None) or 1) > 1:
+            raise ValueError(
+                "tensor parallelism cuts weights along columns, through packed bytes and blocks; use "
+                "DistributedConfig(fsdp_size=...) or one device per model"
+            )
+        sharded = (getattr(distributed, "fsdp_size", None) or 1) > 1
+        if sharded and not self.pre_quantized and self.quantization_config.double_quant:
+            raise ValueError(
+                "double quantization subtracts the mean of a whole tensor, and each rank would see only its rows; "
+                "quantize once in one process (model.save_pretrained, then load that with distributed_config), or pass "
+                "QLoraConfig(double_quant=False)"
+            )
 
     def _skipped(self, model) -> list[str]:
         """Names to leave alone: the user's or transformers' default, plus what must stay float in any case."""
