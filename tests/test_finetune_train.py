@@ -152,6 +152,22 @@ def test_the_loss_is_the_formula(settings):
     assert count == n and math.isclose(loss.item(), expected, rel_tol=1e-5)
 
 
+def test_chunked_logits_are_the_same_loss_and_gradient(settings, monkeypatch):
+    from qlora_ref.finetune import loss as module
+
+    trainer = run.prepare(settings.replace(batch_size=4)).trainer
+    batch, results = trainer._batches()[0], []
+    for chunk in (10**9, 7):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+        loss, count = module.summed_loss(trainer.model, batch)
+        results.append((loss.item(), count, torch.autograd.grad(loss, trainer.trainable[-1])[0]))
+    (a, n, g), (b, m, h) = results
+    assert n == m > 7
+    # float32 sums of n terms in another order
+    assert abs(a - b) <= n * torch.finfo(torch.float32).eps * a
+    torch.testing.assert_close(g, h)
+
+
 def test_checkpointing_changes_memory_not_the_step(settings, tmp_path):
     norms = []
     for k, on in enumerate((True, False)):

@@ -10,6 +10,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..cli import UserError
 from . import report, run
@@ -24,7 +25,7 @@ from .plots import plot_losses
 SAMPLES = 2
 ANSWER_TOKENS = 48
 # Small model, short run: a higher rate and a lower rank than the paper's 2e-4 and 64, which are for billions of weights
-SETTINGS = dict(
+SETTINGS: dict[str, Any] = dict(
     lora_rank=16, lora_alpha=32.0, lr=2e-3, schedule="cosine", warmup=0.05, batch_size=8, grad_accum=2, max_length=192,
     max_eval_examples=96, save_steps=1000,
 )  # fmt: skip

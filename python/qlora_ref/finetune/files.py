@@ -116,9 +116,8 @@ def _json(path: Path, file: IO[str]) -> Iterator[Row]:
 def _table(path: Path, file: IO[str], delimiter: str, header: bool) -> Iterator[Row]:
     lines = (line for _, line in _lines(path, file))
     # a headerless table (FLAN's chain-of-thought files) is split at the tabs and nothing else: quotes are text there
-    quoting = csv.QUOTE_MINIMAL if header else csv.QUOTE_NONE
     csv.field_size_limit(MAX_LINE)
-    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting)
+    reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if header else csv.QUOTE_NONE)
     names: list[str] | None = None
     try:
         for values in reader:

@@ -90,7 +90,7 @@ def build_parser(prog: str, description: str) -> Parser:
         else:
             text = f.metadata["help"]
         text += "" if default in (None, "") else f" (default: {default})"
-        nargs = {"nargs": "?", "const": "true"} if isinstance(default, bool) else {}
+        nargs: dict[str, Any] = {"nargs": "?", "const": "true"} if isinstance(default, bool) else {}
         parser.add_argument(flag, dest=key, metavar="X", help=text.replace("%", "%%"), **nargs)
         if isinstance(default, bool):
             parser.add_argument("--no-" + key.replace("_", "-"), dest=key, action="store_const", const="false",

@@ -117,7 +117,8 @@ def _oasst1(row: Row) -> list[Example]:
     """A message tree: the top reply at every level, as in Guanaco's training set; or its published flat `text`."""
     if "prompt" not in row or not isinstance(row["prompt"], dict):
         return _guanaco_text(_text(row, "text"))
-    turns, message = [], row["prompt"]
+    turns: list[Message] = []
+    message: dict[str, Any] | None = row["prompt"]
     while message is not None:
         role = "user" if message.get("role") == "prompter" else "assistant"
         turns.append(Message(role, _text(message, "text")))
@@ -192,6 +193,12 @@ def fits(form: Format, row: Row) -> bool:
     )
 
 
+def _shown(row: Row) -> str:
+    """Column names for an error: at most eight, none longer than a line (a file without a header has text there)."""
+    names = [repr(c if len(c) <= 40 else c[:37] + "...") for c in map(str, row)]
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+
+
 def detect(row: Row, origin: str) -> Format:
     """The format of a row from its columns, for `--format auto`. UserError listing what was found and what is known."""
     columns = set(row)
@@ -207,7 +214,7 @@ def detect(row: Row, origin: str) -> Format:
         if fits(_BY_NAME[name], row):
             return _BY_NAME[name]
     raise UserError(
-        f"{origin}: the columns {', '.join(map(repr, row))} match no known format; needed are for example "
+        f"{origin}: the columns {_shown(row)} match no known format; needed are for example "
         "'instruction' and 'output' (alpaca), 'input' and 'output', or 'messages'; choose with --format."
     )
 
@@ -218,7 +225,7 @@ def check_columns(form: Format, row: Row, origin: str) -> None:
         missing = [c for c in form.columns if c not in row]
         raise UserError(
             f"{origin}: format {form.name} needs the column{'s' if len(missing) > 1 else ''} "
-            f"{', '.join(map(repr, missing))}; the file has {', '.join(map(repr, row))}."
+            f"{', '.join(map(repr, missing))}; the file has {_shown(row)}."
         )
 
 

@@ -27,7 +27,7 @@ class Sampling:
 
     def arguments(self) -> dict[str, Any]:
         if self.temperature == 0:
-            chosen = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         else:
             chosen = {
                 "do_sample": True,
@@ -39,7 +39,7 @@ class Sampling:
 
 
 @contextmanager
-def inference(model: torch.nn.Module) -> Iterator[None]:
+def inference(model: Any) -> Iterator[None]:
     """Evaluation mode without gradient checkpointing (which would turn the cache off); both restored."""
     training, checkpointing = model.training, is_checkpointing(model)
     model.eval()
@@ -55,7 +55,7 @@ def inference(model: torch.nn.Module) -> Iterator[None]:
 
 
 def generate_ids(
-    model: torch.nn.Module,
+    model: Any,
     tokenizer: Any,
     ids: list[int],
     sampling: Sampling,
@@ -83,7 +83,7 @@ def generate_ids(
     return new[:-1] if new and new[-1] == tokenizer.eos_token_id else new
 
 
-def answer(model: torch.nn.Module, tokenizer: Any, messages: Example, template: str, sampling: Sampling) -> str:
+def answer(model: Any, tokenizer: Any, messages: Example, template: str, sampling: Sampling) -> str:
     """The model's next turn in a conversation, as text."""
     ids = prompt_ids(messages, template, tokenizer)
     return tokenizer.decode(generate_ids(model, tokenizer, ids, sampling), skip_special_tokens=True).strip()

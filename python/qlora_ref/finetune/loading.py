@@ -54,8 +54,8 @@ def require_transformers() -> None:
         raise UserError("fine-tuning needs transformers; install it with: pip install 'qlora_ref[hf]'.")
 
 
-def check_model_folder(path: str) -> dict[str, Any]:
-    """The parsed config.json. UserError for a folder that is missing or incomplete, before anything heavy is loaded."""
+def read_model_config(path: str) -> dict[str, Any]:
+    """The parsed config.json of a model folder. UserError if there is none."""
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(
@@ -71,6 +71,14 @@ def check_model_folder(path: str) -> dict[str, Any]:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{config_file} cannot be read: {error}.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{config_file} must hold a JSON object.")
+    return config
+
+
+def check_model_folder(path: str) -> dict[str, Any]:
+    """The parsed config.json. UserError for a folder that is missing or incomplete, before anything heavy is loaded."""
+    config, folder = read_model_config(path), Path(path)
     if not any(folder.glob("*.safetensors")):
         found = (
             " (pickle files such as pytorch_model.bin are not read: they can run code)"
@@ -131,7 +139,7 @@ def _first_line(error: Exception) -> str:
     return text.splitlines()[0].rstrip(".") + "."
 
 
-def load_base(path: str, dtype: torch.dtype | str) -> torch.nn.Module:
+def load_base(path: str, dtype: torch.dtype | str) -> Any:
     """A language model (causal, or T5-like) from a local folder, on the CPU, in `dtype` ("auto": as saved)."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -146,7 +154,7 @@ def load_base(path: str, dtype: torch.dtype | str) -> torch.nn.Module:
     return model
 
 
-def build(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+def build(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> Any:
     """Load, quantize, attach adapters, move. What is trained is float32; everything else is frozen.
 
     Raises UserError where the core refuses (non-finite weights, targets that match nothing, a base without layers).
@@ -175,7 +183,7 @@ def build(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> torc
     return model.to(device)
 
 
-def show_dtypes(model: torch.nn.Module) -> None:
+def show_dtypes(model: Any) -> None:
     """Give adapters around T5's `wo` a `weight` whose dtype T5's feed-forward asks for: that of the products.
 
     It casts its input to `wo.weight.dtype`, which for packed bytes would be uint8. The tensor is empty and not saved.
@@ -191,7 +199,7 @@ def quant_config(config: TrainConfig) -> QuantConfig:
     return QuantConfig(config.quant_type, config.block_size, config.double_quant)
 
 
-def set_checkpointing(model: torch.nn.Module, on: bool) -> None:
+def set_checkpointing(model: Any, on: bool) -> None:
     """Recompute activations in the backward pass, the non-reentrant way (the other loses frozen-input gradients)."""
     if not on:
         off = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
@@ -202,6 +210,6 @@ def set_checkpointing(model: torch.nn.Module, on: bool) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def is_checkpointing(model: torch.nn.Module) -> bool:
+def is_checkpointing(model: Any) -> bool:
     name = "is_activation_checkpointing"
     return getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", False)

@@ -75,7 +75,7 @@ def reset_peak(device: torch.device) -> None:
 class Trainer:
     """One run. `train()` from the current step to the end; `interrupt()` asks it to stop after the step in hand."""
 
-    model: torch.nn.Module
+    model: Any  # a transformers model with adapters
     config: TrainConfig
     data: Dataset
     train_ids: list[int]
@@ -89,6 +89,7 @@ class Trainer:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    skipped: int = 0  # fp16 steps in a row that overflowed
     interrupted: bool = False
     finished: bool = False
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -144,10 +145,10 @@ class Trainer:
 
     def _check_finite(self, loss: float, norm: float, batches: list[dict[str, Any]]) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
-            self._skipped = 0
+            self.skipped = 0
             return
-        self._skipped = getattr(self, "_skipped", 0) + 1
-        if self.scaler.is_enabled() and self._skipped < PATIENCE:
+        self.skipped += 1
+        if self.scaler.is_enabled() and self.skipped < PATIENCE:
             return  # the scaler skips this step and halves its scale
         where = next((w for b in batches if (w := first_nonfinite(self.model, b)) != "the loss"), "the loss")
         raise TrainingStopped(
@@ -158,7 +159,7 @@ class Trainer:
     # --- the run ---------------------------------------------------------------------------------------------------
 
     def evaluate(self) -> float:
-        """Held-out loss, nats a labelled token; NaN if nothing is held out."""
+        """Held-out loss, nats a labelled token; NaN (null in metrics.jsonl) if nothing is held out."""
         size = self.config.batch_size
         ids = self.eval_ids[: self.config.max_eval_examples]
         if not ids:
@@ -168,7 +169,8 @@ class Trainer:
         return mean_loss(self.model, [collate(self.eval_data, rows, self.pad, self.device) for rows in chunks])
 
     def record(self, values: dict[str, Any]) -> None:
-        entry = {"step": self.step, **values}
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
+        entry = {"step": self.step, **finite}
         self.records.append(entry)
         with open(self.output / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")

@@ -5,15 +5,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .batches import IGNORE
 
+CHUNK = 512  # positions whose logits exist at a time
+PLAIN_HEAD = ("llama", "mistral", "qwen2", "qwen3")  # logits = lm_head(hidden), nothing between or after
 
-def summed_loss(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, int]:
+
+def summed_loss(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, int]:
     """(sum of -log p over labelled tokens in float32, how many there are) of one micro-batch.
 
     The token at position p + 1 is predicted from position p. With a vocabulary of 128,000 the logits of all positions
-    would be the largest tensor of the run, so only positions that some row needs go through the output layer.
+    would be the largest tensor of the run: only positions that some row needs go through the output layer, and where
+    that is a plain matrix, CHUNK of them at a time, recomputed in the backward pass.
     """
     labels = batch["labels"]
     inputs = {k: v for k, v in batch.items() if k != "labels"}
@@ -21,6 +26,8 @@ def summed_loss(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Te
         logits, targets = model(**inputs, labels=labels, use_cache=False).logits, labels
     else:
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        if model.config.model_type in PLAIN_HEAD and int((targets != IGNORE).sum()) > CHUNK:
+            return _chunked(model, inputs, targets)
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             keep = (targets != IGNORE).any(dim=0).nonzero().squeeze(1)
             inputs["logits_to_keep"], targets = keep, targets[:, keep]
@@ -30,8 +37,21 @@ def summed_loss(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Te
     return loss, count
 
 
+def _chunked(model: Any, inputs: dict[str, Any], targets: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The same sum, logits of CHUNK labelled positions at a time."""
+    wanted = targets != IGNORE
+    hidden, targets = model.model(**inputs, use_cache=False).last_hidden_state[wanted], targets[wanted]
+
+    def part(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(model.lm_head(h).float(), t, reduction="sum")
+
+    pieces = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    losses = [checkpoint(part, h, t, use_reentrant=False) for h, t in pieces]
+    return torch.stack(losses).sum(), len(targets)
+
+
 @torch.no_grad()
-def mean_loss(model: torch.nn.Module, batches: list[dict[str, Any]]) -> float:
+def mean_loss(model: Any, batches: list[dict[str, Any]]) -> float:
     """Mean -log p per labelled token (nats) over all batches, in evaluation mode; the model's mode is restored."""
     was_training = model.training
     model.eval()
@@ -45,7 +65,7 @@ def mean_loss(model: torch.nn.Module, batches: list[dict[str, Any]]) -> float:
     return total / max(count, 1)
 
 
-def first_nonfinite(model: torch.nn.Module, batch: dict[str, Any]) -> str:
+def first_nonfinite(model: Any, batch: dict[str, Any]) -> str:
     """Run the batch again and name the first module whose output is not finite, or the gradient that is not."""
     found: list[str] = []
 

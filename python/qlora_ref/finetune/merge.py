@@ -60,7 +60,7 @@ def _attach(model: Any, served: Served, ids: torch.Tensor) -> torch.Tensor:
     return _log_probabilities(model, ids)
 
 
-def fold(model: torch.nn.Module, dtype: torch.dtype) -> None:
+def fold(model: Any, dtype: torch.dtype) -> None:
     """Replace every LoRALinear and Linear4bit of `model` by an ordinary nn.Linear in `dtype`, one at a time."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):
@@ -74,7 +74,7 @@ def fold(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def _log_probabilities(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def _log_probabilities(model: Any, ids: torch.Tensor) -> torch.Tensor:
     decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     return model.eval()(ids, **decoder).logits.double().log_softmax(-1)
 

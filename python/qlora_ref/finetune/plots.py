@@ -1,6 +1,5 @@
 """The loss curve of a run as a PNG."""
 
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for (name, records), colour in zip(runs.items(), (_BLUE, _ORANGE, _GREY), strict=False):
-        train = [(r["step"], r["loss"]) for r in records if "loss" in r]
-        held = [(r["step"], r["eval_loss"]) for r in records if math.isfinite(r.get("eval_loss", math.nan))]
+        train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
+        held = [(r["step"], r["eval_loss"]) for r in records if r.get("eval_loss") is not None]
         if train:
             steps, losses = zip(*train, strict=True)
             axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)

@@ -8,7 +8,9 @@ import torch
 from .. import __version__
 from ..nn import count_parameters
 from .config import TrainConfig
+from .loading import read_model_config
 from .loop import Trainer, backend, peak_bytes
+from .loss import CHUNK, PLAIN_HEAD
 from .peft_io import storage
 
 
@@ -81,11 +83,17 @@ def estimated(config: TrainConfig) -> str:
     return f"about {human(needed)} on a GPU, context included (qlora-ref estimate: by category)"
 
 
+def _logits_chunk(config: TrainConfig) -> int:
+    kind = read_model_config(config.model).get("model_type")
+    return CHUNK if kind in PLAIN_HEAD else 0
+
+
 def memory_settings(config: TrainConfig) -> Any:
     """This run in the words of the memory estimate. Other 4-bit types store what fp4 stores."""
     from ..memory.settings import Settings
 
-    four_bit = {"none": config.dtype, "nf4": "nf4"}.get(config.quant_type, "fp4")
+    dtype = "bf16" if config.dtype == "auto" else config.dtype
+    four_bit = {"none": dtype, "nf4": "nf4"}.get(config.quant_type, "fp4")
     return Settings(
         seq=config.max_length,
         batch=config.batch_size,
@@ -97,11 +105,12 @@ def memory_settings(config: TrainConfig) -> Any:
         targets="all" if config.lora_targets == "all-linear" else config.lora_targets,
         adapter_dtype="fp32",
         dropout=config.lora_dropout,
-        compute_dtype=config.dtype,
-        embedding_dtype=config.dtype,
+        compute_dtype=dtype,
+        embedding_dtype=dtype,
         optimizer=f"adamw{config.optimizer_bits}",
         paged=True,
         checkpointing=config.gradient_checkpointing,
+        logits_chunk=_logits_chunk(config),
     )
 
 
@@ -150,7 +159,7 @@ class ProgressBar:
         self.bar.update(1)
 
     def evaluated(self, record: dict[str, Any]) -> None:
-        if "eval_loss" in record and record["eval_loss"] == record["eval_loss"]:
+        if record.get("eval_loss") is not None:
             self.bar.write(f"  step {record['step']}: held-out loss {record['eval_loss']:.4f}")
 
     def close(self) -> None:

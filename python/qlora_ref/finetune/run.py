@@ -208,7 +208,7 @@ def finish(prepared: Prepared) -> dict[str, Any]:
 
 def held_out(records: list[dict[str, Any]]) -> tuple[float, float]:
     """(first, last) held-out loss of a run; NaN where nothing was held out."""
-    losses = [r["eval_loss"] for r in records if "eval_loss" in r]
+    losses = [r["eval_loss"] for r in records if r.get("eval_loss") is not None]
     return (losses[0], losses[-1]) if losses else (math.nan, math.nan)
 
 

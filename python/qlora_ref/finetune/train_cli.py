@@ -29,7 +29,16 @@ def main(argv: list[str]) -> int:
     config, args = flags.parse(argv, "qlora-ref train", DESCRIPTION)
     if config.resume:
         config = run.resumed_config(config, args.given)
-    prepared = run.prepare(config)
+    try:
+        prepared = run.prepare(config)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"the model does not fit on {config.device}: {report.estimated(run.embedded(config))}; --quant-type nf4, "
+            "--lora-rank 16 or --device cpu would help."
+        ) from None
+    except KeyboardInterrupt:
+        print("stopped before training; nothing was written", file=sys.stderr)
+        return 130
     config = prepared.config
     print(report.startup(config, prepared.trainer, prepared.dtype, []))
     if args.dry_run:
