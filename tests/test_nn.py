@@ -64,6 +64,18 @@ def test_autocast():
     assert layer.lora_B.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("op", ["linear_4bit", "lora_linear_4bit"])
+def test_autocast_does_not_reach_into_an_op(op):
+    """Called directly with float32, an op stays in float32: that is what its fake promises."""
+    layer = Linear4bit.from_linear(nn.Linear(64, 32, bias=False))
+    adapter = (torch.randn(4, 64), torch.randn(32, 4), 0.5) if op == "lora_linear_4bit" else ()
+    call = lambda: getattr(torch.ops.qlora_ref, op)(x, *layer.op_args(), 32, None, *adapter)
+    x = torch.randn(2, 64)
+    expected = call()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_bits_equal(call(), expected)
+
+
 @pytest.mark.parametrize("quantized", [True, False])
 def test_dropout_path_is_the_same_function(quantized):
     """In eval, or with p = 0, the branch with dropout computes what the fused branch does."""

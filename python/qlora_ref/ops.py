@@ -12,6 +12,8 @@ So nothing here or above asks "which backend?". A 4-bit weight travels as its te
 `custom_op` because it costs a third of the time per call.
 """
 
+from functools import wraps
+
 import torch
 from torch.nn.functional import linear
 
@@ -111,7 +113,20 @@ def _lora_linear_4bit_backward(dy, x, *args):
     return torch.addmm(dx, dyB, A).view(x.shape), dA, dB
 
 
-_REFERENCE = {name: globals()[f"_{name}"] for name in OP_NAMES}
+def _without_autocast(function):
+    """The op's dtype is that of its first argument; autocast would change that of the products inside."""
+
+    @wraps(function)
+    def call(x, *args):
+        if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+            return function(x, *args)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args)
+
+    return call
+
+
+_REFERENCE = {name: _without_autocast(globals()[f"_{name}"]) for name in OP_NAMES}
 for _name, _function in _REFERENCE.items():
     _lib.impl(_name, _function, "CompositeExplicitAutograd")
 
