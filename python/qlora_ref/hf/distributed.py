@@ -64,7 +64,9 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    return get_model_state_dict(model, options=options)
+    state = {k.removeprefix("module."): v for k, v in get_model_state_dict(model, options=options).items()}
+    trained = {n.removeprefix("module.") for n, p in model.named_parameters() if p.requires_grad}
+    return {k: v for k, v in state.items() if k in trained}  # torch keeps the second name of a tied frozen weight
 
 
 def save_sharded_adapter(model: nn.Module, directory: str) -> None:
@@ -74,7 +76,6 @@ def save_sharded_adapter(model: nn.Module, directory: str) -> None:
     inner = getattr(model, "module", model)
     state = adapter_state_dict(model)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        state = {k.removeprefix("module."): v for k, v in state.items()}
         inner.save_pretrained(directory, state_dict=state)
         written = read_headers([str(Path(directory) / "adapter_model.safetensors")])
         if len(written) != len(state):
