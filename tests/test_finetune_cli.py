@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from qlora_ref import cli
 from qlora_ref.cli import UserError
@@ -11,6 +12,15 @@ from qlora_ref.finetune import flags, recipe, train_cli
 from qlora_ref.finetune.config import FIELDS, TrainConfig, check, dump_yaml, from_dict, load_yaml
 
 pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny products: a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def parse(*argv: str) -> TrainConfig:

@@ -20,9 +20,17 @@ pytestmark = pytest.mark.hf
 IDS = torch.tensor([[1, 50, 60, 70, 80, 90]])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny products: a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def adapter(data_dir, tmp_path_factory):
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("run") / "adapter"
     data = str(data_dir / "instruct" / "llms_from_scratch" / "instruction-data.json.gz")
     run.run(TrainConfig(

@@ -23,10 +23,18 @@ pytestmark = pytest.mark.hf
 STORY = "Once upon a time"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny products: a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def trained(data_dir, tmp_path_factory):
     """(base folder, adapter folder, adapter folder of another prompt) on stories260K."""
-    torch.set_num_threads(1)
     folder, model = tmp_path_factory.mktemp("adapters"), str(data_dir / "weights" / "stories260K_hf")
     data = str(data_dir / "instruct" / "llms_from_scratch" / "instruction-data.json.gz")
     common = TrainConfig(

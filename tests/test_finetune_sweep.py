@@ -15,6 +15,15 @@ from qlora_ref.finetune.statistics import compare
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny products: a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def grid(data_dir, tmp_path):
     data = str(data_dir / "instruct" / "llms_from_scratch" / "instruction-data.json.gz")
