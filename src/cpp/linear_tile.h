@@ -116,6 +116,62 @@ void linear_tile(const LinearRows& call, const Scales& scales, int64_t row) {
   }
 }
 
+// One token: one row at a time, in the order it lies in memory, which is what the prefetchers expect; the sums of kUnroll
+// neighbouring groups are independent instead.
+constexpr int kUnroll = 4;
+constexpr int kAhead = 1024;  // bytes of prefetch: 16 lines, about what a core can have on the way
+
+template <class Lanes, bool nested>
+inline __attribute__((always_inline)) float row_product(const LinearRows& call, const Scales& scales, int64_t row) {
+  const Lanes lanes(*call.codebook);
+  const Weight4bit& weight = *call.weight;
+  const int shift = call.block_shift;
+  const int64_t groups = weight.cols / 64, blocks = groups >> shift, first = row * blocks;
+  const uint8_t *packed = weight.packed + row * weight.cols / 2, *codes = scales.codes + first;
+  const float *absmax = scales.absmax + first, *values = nullptr;
+  auto* x = static_cast<const char*>(call.x);
+  typename Lanes::Sum sum[kUnroll];
+#pragma GCC unroll 8
+  for (int u = 0; u < kUnroll; ++u) sum[u] = Lanes::zero();
+  auto group = [&](int64_t g, typename Lanes::Sum& to) __attribute__((always_inline)) {
+    int64_t block = g >> shift;
+    auto table = lanes.table(nested ? values[codes[block]] : absmax[block]);
+    auto bytes = Lanes::load(packed + 32 * g);
+#pragma GCC unroll 8
+    for (int v = 0; v < Lanes::kVectors; ++v) {
+      auto xs = Lanes::load_x(x + g * Lanes::kGroupBytes + v * Lanes::kVectorBytes);
+      to = Lanes::add(to, lanes.weights(bytes, table, v), xs);
+    }
+  };
+  for (int64_t g = 0, end = groups; g < groups; end = groups) {
+    if (nested) {
+      int64_t nest = (first + (g >> shift)) >> scales.nested_shift;
+      values = scales.values + 256 * (nest - scales.first_group);
+      int64_t rest = (((nest + 1) << scales.nested_shift) - first) << shift;
+      end = rest < end ? rest : end;
+    }
+    for (; g + kUnroll <= end; g += kUnroll) {
+      __builtin_prefetch(packed + 32 * g + kAhead, 0, 3);
+      __builtin_prefetch(packed + 32 * g + kAhead + 64, 0, 3);
+#pragma GCC unroll 8
+      for (int u = 0; u < kUnroll; ++u) group(g + u, sum[u]);
+    }
+    for (; g < end; ++g) group(g, sum[0]);
+  }
+  float total = 0.0f;
+#pragma GCC unroll 8
+  for (int u = 0; u < kUnroll; ++u) total += Lanes::reduce(sum[u]);
+  return total;
+}
+
+template <class Lanes, DType dtype>
+void one_token(const LinearRows& call, const Scales& from, int64_t row) {
+  using E = Element<dtype>;
+  auto* bias = static_cast<const typename E::type*>(call.bias);
+  float sum = from.codes ? row_product<Lanes, true>(call, from, row) : row_product<Lanes, false>(call, from, row);
+  static_cast<typename E::type*>(call.y)[row] = E::store(sum + (bias ? E::load(bias[row]) : 0.0f));
+}
+
 // R rows, at most 4 tokens.
 template <class Lanes, DType dtype, int R>
 void few_tokens(const LinearRows& call, const Scales& from, int64_t row) {
@@ -123,7 +179,8 @@ void few_tokens(const LinearRows& call, const Scales& from, int64_t row) {
     case 4: return linear_tile<Lanes, dtype, R, 4>(call, from, row);
     case 3: return linear_tile<Lanes, dtype, R, 3>(call, from, row);
     case 2: return linear_tile<Lanes, dtype, R, 2>(call, from, row);
-    case 1: return linear_tile<Lanes, dtype, R, 1>(call, from, row);
+    case 1:
+      for (int r = 0; r < R; ++r) one_token<Lanes, dtype>(call, from, row + r);
   }
 }
 
