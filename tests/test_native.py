@@ -86,7 +86,9 @@ def test_double_quantization_equals_the_reference(variant, data, map8):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [(1, 128, 64), (5, 64, 64), (9, 256, 128), (6, 4352, 64), (8, 96, 32), (3, 33, 64)], ids=str)
+@pytest.mark.parametrize(
+    "case", [(1, 128, 64), (5, 64, 64), (9, 256, 128), (6, 4352, 64), (8, 96, 32), (3, 33, 64)], ids=str
+)
 def test_linear_within_its_bound(variant, dtype, case):
     """Few tokens (kernel) and many (panels), rows that are no multiple of four, shapes the kernel does not take."""
     (rows, cols, block_size), codebook, map8 = case, get_codebook("nf4"), get_map8()
@@ -139,7 +141,9 @@ def test_unaligned_and_non_contiguous(variant):
         assert_bits_equal(packed, want_packed, variant)
         shifted = torch.cat([packed[:1], packed])[1:]  # packed bytes at an odd address
         got = native.cpu.dequantize_4bit(shifted, absmax, None, None, codebook, 64, None, 256, x.shape, torch.bfloat16)
-        assert_bits_equal(got, dequantize_blockwise(packed, want_absmax, codebook, 64, x.shape, torch.bfloat16), variant)
+        assert_bits_equal(
+            got, dequantize_blockwise(packed, want_absmax, codebook, 64, x.shape, torch.bfloat16), variant
+        )
 
 
 def test_threads_give_the_same_bits(variant):

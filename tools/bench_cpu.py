@@ -290,7 +290,9 @@ def bench_steps(rows: list[Row], threads: int) -> dict:
             results[arm].append(json.loads(run.stdout.strip().splitlines()[-1]))
     keys = {"qlora_ref": "nested"}
     times = {keys.get(a, a): sorted(r["seconds"] for r in rs)[len(rs) // 2] for a, rs in results.items() if rs}
-    rows.append(Row("training step, Llama 110M", "256 tokens", threads, 256, times, None, ">= 1.5x bitsandbytes + PEFT"))
+    rows.append(
+        Row("training step, Llama 110M", "256 tokens", threads, 256, times, None, ">= 1.5x bitsandbytes + PEFT")
+    )
     return {arm: max(r["peak_bytes"] for r in rs) for arm, rs in results.items() if rs}
 
 

@@ -22,7 +22,7 @@ from .cpu_linear import CpuLinear
 from .cuda_linear import CudaLinear, Scratch, unusable
 from .reference.blockwise import check_block_size
 from .reference.codebook import Codebook
-from .reference.double_quant import Map8, get_map8
+from .reference.double_quant import Map8, check_double_quant, get_map8
 from .source_hash import source_hash
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of types.h
@@ -47,7 +47,8 @@ def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, numel: int, devi
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, not {tensor.dtype}")
     if tensor.numel() != numel:
-        raise ValueError(f"{name} has {tensor.numel()} elements where {numel} are needed for this shape and block size")
+        have = tensor.numel()
+        raise ValueError(f"{name} has {have} elements where {numel} are needed for this shape and block size")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device} and the other tensors on {device}; move them together with .to()")
     return tensor if tensor.is_contiguous() else tensor.contiguous()
@@ -77,7 +78,7 @@ class Backend:
 
     def _check_device(self, device: torch.device) -> torch.device:
         if device.type != self.device_type:
-            raise ValueError(f"this is the {self.device_type} backend and the tensor is on {device}; move it with .to()")
+            raise ValueError(f"this is the {self.device_type} backend, the tensor is on {device}; move it with .to()")
         return device
 
     # --- quantization ------------------------------------------------------------------------------------------------
@@ -115,6 +116,34 @@ class Backend:
             *(codes.data_ptr(), nested_absmax.data_ptr()),
         )
         return codes, nested_absmax
+
+    def quantize_4bit_nested(
+        self,
+        x: torch.Tensor,
+        mean: torch.Tensor,
+        codebook: Codebook,
+        block_size: int,
+        map8: Map8,
+        nested_block_size: int = 256,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """quantize_4bit and double_quantize of its absmax with a known mean: packed u8, codes u8, nested_absmax f32."""
+        check_block_size(block_size)
+        check_block_size(nested_block_size)
+        check_double_quant(codebook)
+        x = _check_float("x", x)
+        device, n = self._check_device(x.device), x.numel()
+        mean = _check("mean", mean, torch.float32, 1, device)
+        n_blocks = -(-n // block_size)
+        packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)
+        codes = torch.empty(n_blocks, dtype=torch.uint8, device=device)
+        nested_absmax = torch.empty(-(-n_blocks // nested_block_size), dtype=torch.float32, device=device)
+        self._call(
+            self._c.quantize_4bit_nested,
+            device,
+            *(x.data_ptr(), _DTYPE[x.dtype], n, block_size, _table(codebook), mean.data_ptr(), nested_block_size),
+            *(_table(map8), packed.data_ptr(), codes.data_ptr(), nested_absmax.data_ptr()),
+        )
+        return packed, codes, nested_absmax
 
     def double_dequantize(
         self,
@@ -435,7 +464,8 @@ def _load() -> tuple[Any, str]:
 def _why_no_cuda(module) -> str:
     """"" if the CUDA kernels can be used."""
     if not hasattr(module, "cuda"):
-        return "_C was built without CUDA; put nvcc on PATH and build with `cmake --preset cuda && cmake --build --preset cuda`"
+        build = "`cmake --preset cuda && cmake --build --preset cuda`"
+        return f"_C was built without CUDA; put nvcc on PATH and build with {build}"
     if not torch.backends.cuda.is_built():
         return "this torch is a CPU build; install a CUDA build of torch (https://pytorch.org/get-started)"
     if not torch.cuda.is_available():

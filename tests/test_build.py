@@ -1,0 +1,86 @@
+"""The build's promises that need no compiler: the hash that notices stale binaries, doctor, the one list of versions."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import qlora_ref
+from qlora_ref import doctor, native
+from qlora_ref.source_hash import source_hash, write_header
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def sources(tmp_path):
+    for folder, file in (("cpp", "a.cpp"), ("cuda", "b.cu")):
+        (tmp_path / "src" / folder).mkdir(parents=True)
+        (tmp_path / "src" / folder / file).write_text("// one\n")
+    return tmp_path
+
+
+def test_hash_notices_every_source_that_was_compiled(sources):
+    cpu, both = source_hash(sources, False), source_hash(sources, True)
+    (sources / "src/cuda/b.cu").write_text("// two\n")
+    assert source_hash(sources, False) == cpu, "a binary without CUDA is not stale because of a .cu file"
+    assert source_hash(sources, True) != both
+    (sources / "src/cpp/a.cpp").write_text("// two\n")
+    assert source_hash(sources, False) != cpu
+
+
+def test_header_is_rewritten_only_when_the_hash_changes(sources):
+    header = sources / "source_hash.h"
+    write_header(sources, True, header)
+    first = header.stat().st_mtime_ns, header.read_text()
+    write_header(sources, True, header)
+    assert (header.stat().st_mtime_ns, header.read_text()) == first
+    (sources / "src/cpp/a.cpp").write_text("// three\n")
+    write_header(sources, True, header)
+    assert header.read_text() != first[1]
+
+
+def test_stale_binary_is_noticed(monkeypatch):
+    if native.module is None:
+        pytest.skip(f"no native module: {native.missing['cpu']}")
+    assert not native._stale(native.module)
+    monkeypatch.setattr(native, "source_hash", lambda root, cuda: "another")
+    if (ROOT / "src/cpp/kernels.h").is_file():
+        assert native._stale(native.module)
+
+
+def test_every_source_is_in_the_build():
+    text = (ROOT / "CMakeLists.txt").read_text()
+    for path in (ROOT / "src/cpp").glob("*.cpp"):
+        assert f"src/cpp/{path.name}" in text, f"{path.name} is not compiled"
+    listed = re.search(r"foreach\(name ([^)]*)\)", text)[1].split()
+    assert {p.stem for p in (ROOT / "src/cuda").glob("*.cu")} <= set(listed)
+
+
+def test_version_is_the_same_everywhere():
+    assert f'version = "{qlora_ref.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_doctor_reports_as_text_and_json(capsys):
+    assert doctor.main([]) == 0
+    assert "kernels   CPU:" in capsys.readouterr().out
+    assert doctor.main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["packages"]["torch"] and set(report["backends"]) == {"cpu", "cuda"}
+
+
+def test_doctor_says_how_to_get_what_is_missing(monkeypatch):
+    report = doctor.collect()
+    report["packages"]["peft"] = report["tools"]["nvcc"] = None
+    report["backends"]["cpu"] = {"ready": False, "why": "not built"}
+    text = doctor.render(report)
+    for line in ("native cpu: not built", "peft (for reading", "nvcc (for the CUDA kernels): the CUDA toolkit"):
+        assert line in text
+
+
+def test_doctor_survives_a_broken_native_module(monkeypatch):
+    monkeypatch.setitem(sys.modules, "qlora_ref.native", None)
+    monkeypatch.delattr(qlora_ref, "native")
+    assert not doctor.backends()["cpu"]["ready"]
