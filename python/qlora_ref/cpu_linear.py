@@ -3,11 +3,11 @@
 Few tokens      y = x W'^T by a kernel that decodes the weight in registers, inside the product (src/cpp/linear_tile.h):
                 reading 4 bits a weight instead of 16 is what counts there.
 Many tokens     and dx = dy W': a panel of W' is dequantized into a buffer that stays in the cache, and torch
-                (oneDNN) multiplies it; then the next panel. The decoded weight never exists as a whole, so nothing is allocated
-                (bitsandbytes allocates and page-faults 33 MB for one 4096 x 4096 product).
+                (oneDNN) multiplies it; then the next panel. The decoded weight never exists as a whole, so nothing is
+                allocated (bitsandbytes allocates and page-faults 33 MB for one 4096 x 4096 product).
 
-Both use the bit-same W'. A panel is a slice of whole output features of y, or of whole input features of dx: each output
-is one inner product, rounded once, exactly as in one big product.
+Both use the bit-same W'. A panel is a slice of whole output features of y, or of whole input features of dx: each
+output is one inner product, rounded once, exactly as in one big product.
 """
 
 import threading

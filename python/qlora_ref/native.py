@@ -50,7 +50,7 @@ def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, numel: int, devi
         have = tensor.numel()
         raise ValueError(f"{name} has {have} elements where {numel} are needed for this shape and block size")
     if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device} and the other tensors on {device}; move them together with .to()")
+        raise ValueError(f"{name} is on {tensor.device}, other tensors on {device}; move them together with .to()")
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
