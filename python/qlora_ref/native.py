@@ -357,7 +357,7 @@ class Backend:
             self._call(self._c.adamw_8bit, device, rows, dtype, *scalars, self._moment_maps(device).data_ptr())
 
     def _adamw_rows(self, params, grads, fields, steps) -> bytes:
-        """An array of struct AdamWPiece or AdamW8bitPiece. Updated in place, so nothing may be copied: all contiguous."""
+        """An array of struct AdamWPiece or AdamW8bitPiece. Updated in place, so nothing may be copied: contiguous."""
         device, dtype = self._check_device(params[0].device), params[0].dtype
         if dtype not in (torch.float32, torch.bfloat16):
             raise TypeError(f"AdamW updates float32 or bfloat16 parameters, not {dtype}; cast them")
