@@ -80,5 +80,5 @@ class CpuLinear:
         """Memory of this thread, kept: fresh memory would cost more page faults than decoding costs time."""
         held = getattr(self._local, "buffer", None)
         if held is None or held.numel() < nbytes:
-            held = self._local.buffer = torch.empty(max(nbytes, PANEL_BYTES), dtype=torch.uint8)
+            held = self._local.buffer = torch.empty(max(nbytes, PANEL_BYTES), dtype=torch.uint8, device="cpu")
         return held[:nbytes]
