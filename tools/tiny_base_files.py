@@ -18,8 +18,9 @@ from typing import Any
 import tokenizers
 import torch
 import transformers
-from stdlib_corpus import HELD_OUT_SHARE, Module
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from stdlib_corpus import HELD_OUT_SHARE, Module
 
 MAX_FILE_BYTES = 6_000_000
 
@@ -102,7 +103,8 @@ A small Llama with its own byte-level BPE tokenizer, pre-trained from random wei
 real QLoRA fine-tune runs on a fresh machine without a download. It writes text that looks like Python
 documentation; it knows nothing else, and what it says about a function is a guess, not documentation.
 
-The table is written by the script at the end of the run.
+The table is written by the script at the end of the run. Wall minutes include waiting for other work on the
+machine.
 
 | | |
 |---|---|

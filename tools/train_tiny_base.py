@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stdlib_corpus import documents, instruction_rows, read_modules
-from tiny_base_files import save, write_instructions
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from stdlib_corpus import documents, instruction_rows, read_modules
+from tiny_base_files import save, write_instructions
 
 DATA = Path(__file__).resolve().parents[1] / "python" / "qlora_ref" / "data"
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
