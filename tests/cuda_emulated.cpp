@@ -22,6 +22,13 @@ void quantize_4bit(const void* x, int dtype, int64_t n, int64_t block_size, cons
   cuda::quantize_4bit(x, DType(dtype), n, block_size, *codebook, packed, absmax, nullptr);
 }
 
+void quantize_4bit_nested(const void* x, int dtype, int64_t n, int64_t block_size, const Codebook* codebook,
+                          const float* mean, int64_t nested_block_size, const Map8* map, uint8_t* packed,
+                          uint8_t* absmax_codes, float* nested_absmax) {
+  cuda::quantize_4bit_nested(x, DType(dtype), n, block_size, *codebook, mean, nested_block_size, *map, packed,
+                             absmax_codes, nested_absmax, nullptr);
+}
+
 void dequantize_4bit(WEIGHT_PARAMETERS, void* out, int dtype, int64_t row_stride) {
   cuda::dequantize_4bit(WEIGHT, *codebook, out, DType(dtype), row_stride, nullptr);
 }

@@ -15,11 +15,12 @@ from qlora_ref.reference.double_quant import get_map8
 
 ROOT = Path(__file__).resolve().parent.parent
 CXX = shutil.which("g++")
-SOURCES = ("blockwise", "double_quant", "linear_small")
+SOURCES = ("blockwise", "double_quant", "quantize_nested", "linear_small")
 POINTER, INT, LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 WEIGHT = [POINTER] * 6 + [LONG] * 4 + [ctypes.c_char_p]
 SIGNATURES = {
     "quantize_4bit": [POINTER, INT, LONG, LONG, ctypes.c_char_p, POINTER, POINTER],
+    "quantize_4bit_nested": [POINTER, INT, LONG, LONG, ctypes.c_char_p, POINTER, LONG, ctypes.c_char_p] + [POINTER] * 3,
     "dequantize_4bit": [*WEIGHT, POINTER, INT, LONG],
     "double_quantize": [POINTER, LONG, POINTER, LONG, ctypes.c_char_p, POINTER, POINTER],
     "double_dequantize": [POINTER] * 4 + [LONG, LONG, POINTER],
@@ -76,6 +77,9 @@ def run(backend: native.Backend, op: str, arguments: tuple):
     if op == "quantize_4bit":
         x, name, block = arguments
         return backend.quantize_4bit(x, get_codebook(name, block), block)
+    if op == "quantize_4bit_nested":
+        x, mean, name, block, map8, nested_block = arguments
+        return backend.quantize_4bit_nested(x, mean, get_codebook(name, block), block, get_map8(map8), nested_block)
     if op in ("double_quantize", "double_dequantize"):
         arguments[-2] = get_map8(arguments[-2])
         return getattr(backend, op)(*arguments)

@@ -47,14 +47,14 @@ def check(source: str, archs: tuple[str, ...]) -> None:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("source", ["blockwise", "double_quant", "linear_small"])
+@pytest.mark.parametrize("source", ["blockwise", "double_quant", "quantize_nested", "linear_small"])
 def test_no_spills(source):
     check(source, ("90a",))
 
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["blockwise", "double_quant", "linear_small"])
+@pytest.mark.parametrize("source", ["blockwise", "double_quant", "quantize_nested", "linear_small"])
 def test_no_spills_for_any_target(source):
     check(source, cuda_report.ALL_ARCHS)
 

@@ -138,6 +138,12 @@ def test_output_rows_with_a_stride(emulated):
         assert (wide[:, cols:] == 7).all()
 
 
+def test_a_signed_absmax_has_no_second_level(emulated):
+    arguments = torch.randn(64), torch.ones(1), get_codebook("bof4_s", 64), 64, get_map8("dynamic"), 256
+    with pytest.raises(ValueError, match="bof4_s keeps the sign"):
+        emulated.quantize_4bit_nested(*arguments)
+
+
 @pytest.mark.parametrize("offset", [1, 2, 3, 4, 8])
 def test_misaligned_storage(offset, emulated):
     """Slices of a checkpoint need not be aligned for vector loads: slower, but the same bits."""

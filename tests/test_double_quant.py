@@ -5,6 +5,7 @@ import hashlib
 import pytest
 import torch
 
+from qlora_ref import ops
 from qlora_ref.quantized import QuantConfig, QuantizedTensor
 from qlora_ref.reference.blockwise import quantize_blockwise
 from qlora_ref.reference.codebook import get_codebook
@@ -145,8 +146,29 @@ def test_a_poisoned_block_poisons_the_tensor():
 
 
 def test_signed_absmax_cannot_be_double_quantized():
-    with pytest.raises(ValueError, match="bof4_s keeps the sign of the absmax.*double_quant=False"):
-        QuantConfig("bof4_s")
+    arguments = torch.randn(64), torch.ones(1), "bof4_s", 64, "dynamic", 256
+    for refused in (
+        lambda: QuantConfig("bof4_s"),
+        lambda: torch.ops.qlora_ref.quantize_4bit_nested(*arguments),
+        lambda: ops._REFERENCE["quantize_4bit_nested"](*arguments),
+    ):
+        with pytest.raises(ValueError, match="bof4_s keeps the sign of the absmax.*double_quant=False"):
+            refused()
+
+
+def test_a_mean_handed_in():
+    """With its own mean a tensor gives the bytes it has; the rows of a tensor, each with that mean, give the parts."""
+    x = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+    whole = QuantizedTensor.quantize(x)
+    assert_bits_equal(QuantizedTensor.quantize(x, absmax_mean=whole.absmax_mean).absmax, whole.absmax)
+    parts = [QuantizedTensor.quantize(half, absmax_mean=whole.absmax_mean) for half in x.chunk(2)]
+    for name in ("packed", "absmax", "nested_absmax"):
+        assert_bits_equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name), name)
+    assert_bits_equal(torch.cat([part.dequantize() for part in parts]), whole.dequantize())
+    with pytest.raises(ValueError, match="only double quantization uses"):
+        QuantizedTensor.quantize(x, QuantConfig(double_quant=False), absmax_mean=whole.absmax_mean)
+    with pytest.raises(ValueError, match=r"one float32 .* not \(2,\)"):
+        QuantizedTensor.quantize(x, absmax_mean=torch.ones(2))
 
 
 def test_unknown_map():

@@ -18,8 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL_ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
-SOURCES = ("blockwise", "double_quant", "linear_small", "adamw")
-NO_FMA = ("blockwise", "double_quant", "adamw")  # as in CMakeLists.txt: these define bits
+SOURCES = ("blockwise", "double_quant", "quantize_nested", "linear_small", "adamw")
+NO_FMA = ("blockwise", "double_quant", "quantize_nested", "adamw")  # as in CMakeLists.txt: these define bits
 
 
 @dataclass

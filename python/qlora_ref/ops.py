@@ -32,6 +32,10 @@ _lib.define("quantize_4bit(Tensor x, str quant_type, int block_size) -> (Tensor,
 _lib.define(f"dequantize_4bit({_WEIGHT}, SymInt[] shape, ScalarType dtype) -> Tensor")
 _lib.define("double_quantize(Tensor absmax, Tensor mean, str map8, int nested_block_size) -> (Tensor, Tensor)")
 _lib.define(
+    "quantize_4bit_nested(Tensor x, Tensor mean, str quant_type, int block_size, str map8, int nested_block_size) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_lib.define(
     "double_dequantize(Tensor absmax_codes, Tensor nested_absmax, Tensor mean, str map8, int nested_block_size) "
     "-> Tensor"
 )
@@ -49,6 +53,7 @@ OP_NAMES = (
     "quantize_4bit",
     "dequantize_4bit",
     "double_quantize",
+    "quantize_4bit_nested",
     "double_dequantize",
     "linear_4bit",
     "linear_4bit_backward",
@@ -66,6 +71,12 @@ def _quantize_4bit(x, quant_type, block_size):
 
 def _double_quantize(absmax, mean, map8, nested_block_size):
     return double_quant.double_quantize(absmax, mean, get_map8(map8), nested_block_size)
+
+
+def _quantize_4bit_nested(x, mean, quant_type, block_size, map8, nested_block_size):
+    double_quant.check_double_quant(get_codebook(quant_type, block_size))
+    packed, absmax = _quantize_4bit(x, quant_type, block_size)
+    return packed, *_double_quantize(absmax, mean, map8, nested_block_size)
 
 
 def _double_dequantize(absmax_codes, nested_absmax, mean, map8, nested_block_size):
@@ -154,6 +165,14 @@ def _(packed, absmax, nested_absmax, absmax_mean, quant_type, block_size, map8, 
 def _(absmax, mean, map8, nested_block_size):
     n = absmax.numel()
     return absmax.new_empty(n, dtype=torch.uint8), absmax.new_empty((n + nested_block_size - 1) // nested_block_size)
+
+
+@_fake("quantize_4bit_nested")
+def _(x, mean, quant_type, block_size, map8, nested_block_size):
+    n = x.numel()
+    n_blocks = (n + block_size - 1) // block_size
+    packed, codes = (x.new_empty(size, dtype=torch.uint8) for size in ((n + 1) // 2, n_blocks))
+    return packed, codes, mean.new_empty((n_blocks + nested_block_size - 1) // nested_block_size)
 
 
 @_fake("double_dequantize")
@@ -245,6 +264,10 @@ def _register_native(backend, key: str) -> None:
     def double_quantize(absmax, mean, map8, nested_block_size):
         return backend.double_quantize(absmax, mean, get_map8(map8), nested_block_size)
 
+    def quantize_4bit_nested(x, mean, quant_type, block_size, map8, nested_block_size):
+        codebook = get_codebook(quant_type, block_size)
+        return backend.quantize_4bit_nested(x, mean, codebook, block_size, get_map8(map8), nested_block_size)
+
     def double_dequantize(codes, nested_absmax, mean, map8, nested_block_size):
         return backend.double_dequantize(codes, nested_absmax, mean, get_map8(map8), nested_block_size)
 
@@ -260,7 +283,8 @@ def _register_native(backend, key: str) -> None:
     def lora_linear_4bit_backward(dy, x, *args):
         return backend.lora_linear_4bit_backward(dy, x, *tables(args[:_WEIGHT_ARGS]), *args[_WEIGHT_ARGS:])
 
-    kernels = (quantize_4bit, dequantize_4bit, double_quantize, double_dequantize, linear_4bit, linear_4bit_backward)
+    kernels = (quantize_4bit, dequantize_4bit, double_quantize, quantize_4bit_nested, double_dequantize)
+    kernels += (linear_4bit, linear_4bit_backward)
     if hasattr(backend, "lora_linear_4bit"):  # CUDA folds the adapter into the product (cuda_linear.py)
         kernels += (lora_linear_4bit, lora_linear_4bit_backward)
     for kernel in kernels:

@@ -8,7 +8,7 @@ from . import ops  # noqa: F401  (registers torch.ops.qlora_ref)
 from .reference.blockwise import check_block_size, check_weight
 from .reference.codebook import get_codebook
 from .reference.double_quant import absmax_mean as compute_mean
-from .reference.double_quant import get_map8
+from .reference.double_quant import check_double_quant, get_map8
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,11 @@ class QuantConfig:
 
     def __post_init__(self):
         check_block_size(self.block_size)
-        signed = get_codebook(self.quant_type, self.block_size).signed_absmax
+        codebook = get_codebook(self.quant_type, self.block_size)
         if self.double_quant:
             get_map8(self.map8)
             check_block_size(self.nested_block_size)
-            if signed:
-                raise ValueError(
-                    f"{self.quant_type} keeps the sign of the absmax, which double quantization (it subtracts a mean) "
-                    "cannot hold; pass double_quant=False"
-                )
+            check_double_quant(codebook)
 
     def bits_per_weight(self) -> float:
         """4 + 32/B flat, or 4 + 8/B + 32/(B * B2) with double quantization (paper section 3); the mean not counted."""
@@ -62,15 +58,40 @@ class QuantizedTensor:
 
     @classmethod
     def quantize(
-        cls, x: torch.Tensor, config: QuantConfig = QuantConfig(), check_finite: bool = True
+        cls,
+        x: torch.Tensor,
+        config: QuantConfig = QuantConfig(),
+        check_finite: bool = True,
+        absmax_mean: torch.Tensor | None = None,
     ) -> "QuantizedTensor":
-        """Quantize a tensor of any shape. TypeError: not fp32, bf16, fp16. ValueError: NaN or Inf, unless unchecked."""
+        """Quantize a tensor of any shape. TypeError: not fp32, bf16, fp16. ValueError: NaN or Inf, unless unchecked.
+
+        `absmax_mean` (1,) f32: use this mean instead of the tensor's own, as when a checkpoint is quantized again with
+        the mean it has, or when several ranks that each hold some rows share one. Both levels are then one pass.
+        """
         check_weight(x, check_finite and x.device.type != "meta")
+        if absmax_mean is not None:
+            return cls._quantize_with_mean(x, config, absmax_mean)
         packed, absmax = torch.ops.qlora_ref.quantize_4bit(x, config.quant_type, config.block_size)
         if not config.double_quant:
             return cls(packed, absmax, None, None, config, x.shape, x.dtype)
         mean = compute_mean(absmax)
         codes, nested = torch.ops.qlora_ref.double_quantize(absmax, mean, config.map8, config.nested_block_size)
+        return cls(packed, codes, nested, mean, config, x.shape, x.dtype)
+
+    @classmethod
+    def _quantize_with_mean(cls, x, config, mean) -> "QuantizedTensor":
+        if not config.double_quant:
+            raise ValueError("absmax_mean is given, which only double quantization uses; pass double_quant=True")
+        if mean.shape != (1,) or mean.dtype != torch.float32 or mean.device != x.device:
+            raise ValueError(
+                f"absmax_mean must be one float32 in a tensor of shape (1,) on {x.device}, not {tuple(mean.shape)} "
+                f"{mean.dtype} on {mean.device}; pass absmax_mean.float().reshape(1).to(x.device)"
+            )
+        c = config
+        packed, codes, nested = torch.ops.qlora_ref.quantize_4bit_nested(
+            x, mean, c.quant_type, c.block_size, c.map8, c.nested_block_size
+        )
         return cls(packed, codes, nested, mean, config, x.shape, x.dtype)
 
     def op_args(self) -> tuple:

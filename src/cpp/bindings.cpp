@@ -54,10 +54,10 @@ Weight make_weight(Address packed, Address absmax, Address codes, Address nested
            block_size}};
 }
 
-#define WEIGHT_PARAMETERS                                                                                     \
-  Address packed, Address absmax, Address codes, Address nested_absmax, Address mean, Address map,            \
+#define WEIGHT_PARAMETERS                                                                          \
+  Address packed, Address absmax, Address codes, Address nested_absmax, Address mean, Address map, \
       int64_t nested_block_size, int64_t rows, int64_t cols, int64_t block_size, const py::bytes &codebook
-#define WEIGHT                                                                                                \
+#define WEIGHT \
   make_weight(packed, absmax, codes, nested_absmax, mean, map, nested_block_size, rows, cols, block_size, codebook)
 
 // AdamW's runs of elements: an array of structs out of the bytes native.py packed.
@@ -95,10 +95,24 @@ void bind_cpu(py::module_ m) {
     double_quantize(pointer<float>(absmax), n, *pointer<float>(mean), nested_block_size, map8, pointer<uint8_t>(codes),
                     pointer<float>(nested_absmax));
   });
+  m.def("quantize_4bit_nested", [](Address x, int dtype, int64_t n, int64_t block_size, const py::bytes& codebook,
+                                   Address mean, int64_t nested_block_size, const py::bytes& map, Address packed,
+                                   Address absmax_codes, Address nested_absmax, int threads) {
+    auto codes = table<Codebook>(codebook);
+    auto map8 = table<Map8>(map);
+    py::gil_scoped_release release;
+    set_num_threads(threads);
+    quantize_4bit_nested(pointer<void>(x), DType(dtype), n, block_size, codes, *pointer<float>(mean), nested_block_size,
+                         map8, pointer<uint8_t>(packed), pointer<uint8_t>(absmax_codes), pointer<float>(nested_absmax));
+  });
   m.def("double_dequantize", [](Address codes, Address nested_absmax, Address mean, Address map,
                                 int64_t nested_block_size, int64_t n, Address out, int threads) {
-    Absmax absmax{nullptr, pointer<uint8_t>(codes), pointer<float>(nested_absmax), pointer<float>(mean),
-                  pointer<float>(map), nested_block_size};
+    Absmax absmax{nullptr,
+                  pointer<uint8_t>(codes),
+                  pointer<float>(nested_absmax),
+                  pointer<float>(mean),
+                  pointer<float>(map),
+                  nested_block_size};
     py::gil_scoped_release release;
     set_num_threads(threads);
     double_dequantize(absmax, n, pointer<float>(out));
@@ -162,10 +176,24 @@ void bind_cuda(py::module_ m) {
     cuda::double_quantize(pointer<float>(absmax), n, pointer<float>(mean), nested_block_size, map8,
                           pointer<uint8_t>(codes), pointer<float>(nested_absmax), pointer<void>(stream));
   });
+  m.def("quantize_4bit_nested", [](Address x, int dtype, int64_t n, int64_t block_size, const py::bytes& codebook,
+                                   Address mean, int64_t nested_block_size, const py::bytes& map, Address packed,
+                                   Address absmax_codes, Address nested_absmax, Address stream) {
+    auto codes = table<Codebook>(codebook);
+    auto map8 = table<Map8>(map);
+    py::gil_scoped_release release;
+    cuda::quantize_4bit_nested(pointer<void>(x), DType(dtype), n, block_size, codes, pointer<float>(mean),
+                               nested_block_size, map8, pointer<uint8_t>(packed), pointer<uint8_t>(absmax_codes),
+                               pointer<float>(nested_absmax), pointer<void>(stream));
+  });
   m.def("double_dequantize", [](Address codes, Address nested_absmax, Address mean, Address map,
                                 int64_t nested_block_size, int64_t n, Address out, Address stream) {
-    Absmax absmax{nullptr, pointer<uint8_t>(codes), pointer<float>(nested_absmax), pointer<float>(mean),
-                  pointer<float>(map), nested_block_size};
+    Absmax absmax{nullptr,
+                  pointer<uint8_t>(codes),
+                  pointer<float>(nested_absmax),
+                  pointer<float>(mean),
+                  pointer<float>(map),
+                  nested_block_size};
     py::gil_scoped_release release;
     cuda::double_dequantize(absmax, n, pointer<float>(out), pointer<void>(stream));
   });

@@ -12,8 +12,8 @@ namespace qlora {
 
 // reference/blockwise.py: quantize_blockwise
 //   x (n) of `dtype` -> packed ((n + 1) / 2), absmax (ceil(n / block_size))
-void quantize_4bit(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook,
-                   uint8_t* packed, float* absmax);
+void quantize_4bit(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
+                   float* absmax);
 
 // reference/blockwise.py: dequantize_blockwise (absmax flat or nested)
 //   -> out (rows, cols) of `dtype`, row r starting at out + r * row_stride (elements; row_stride >= cols)
@@ -23,6 +23,12 @@ void dequantize_4bit(const Weight4bit& weight, const Codebook& codebook, void* o
 //   absmax (n) -> codes (n), nested_absmax (ceil(n / nested_block_size))
 void double_quantize(const float* absmax, int64_t n, float mean, int64_t nested_block_size, const Map8& map,
                      uint8_t* codes, float* nested_absmax);
+
+// Both at once, for a mean that is known: quantize_blockwise, then double_quantize of its absmax
+//   x (n) of `dtype` -> packed ((n + 1) / 2), absmax_codes (ceil(n / block_size)), nested_absmax (of those)
+void quantize_4bit_nested(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook,
+                          float mean, int64_t nested_block_size, const Map8& map, uint8_t* packed,
+                          uint8_t* absmax_codes, float* nested_absmax);
 
 // reference/double_quant.py: double_dequantize -> out (n)
 void double_dequantize(const Absmax& absmax, int64_t n, float* out);
@@ -82,12 +88,15 @@ void set_cpu_variant(const std::string& name);
 // Built only where nvcc is (QLORA_HAS_CUDA). All pointers are device pointers; a call returns before the work is done.
 namespace cuda {
 
-void quantize_4bit(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook,
-                   uint8_t* packed, float* absmax, void* stream);
+void quantize_4bit(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
+                   float* absmax, void* stream);
 void dequantize_4bit(const Weight4bit& weight, const Codebook& codebook, void* out, DType dtype, int64_t row_stride,
                      void* stream);
 void double_quantize(const float* absmax, int64_t n, const float* mean, int64_t nested_block_size, const Map8& map,
                      uint8_t* codes, float* nested_absmax, void* stream);
+void quantize_4bit_nested(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook,
+                          const float* mean, int64_t nested_block_size, const Map8& map, uint8_t* packed,
+                          uint8_t* absmax_codes, float* nested_absmax, void* stream);
 void double_dequantize(const Absmax& absmax, int64_t n, float* out, void* stream);
 // m <= 32 and cols % 8 == 0 only; for more tokens, and backward, python/qlora_ref/cuda_linear.py dequantizes and calls
 // cuBLAS through torch.
@@ -103,8 +112,8 @@ std::vector<int> capabilities();
 // `pieces` lies on the host and travels as a kernel parameter; what it points to, and `maps`, on the device.
 void adamw(const AdamWPiece* pieces, int64_t count, DType dtype, const AdamWScalars& scalars, AdamWOrder order,
            void* stream);
-void adamw_8bit(const AdamW8bitPiece* pieces, int64_t count, DType dtype, const AdamWScalars& scalars,
-                const Map8* maps, void* stream);
+void adamw_8bit(const AdamW8bitPiece* pieces, int64_t count, DType dtype, const AdamWScalars& scalars, const Map8* maps,
+                void* stream);
 
 }  // namespace cuda
 

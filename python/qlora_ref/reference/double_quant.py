@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from .blockwise import block_absmax, count_below, normalize
-from .codebook import linspace32, midpoints
+from .codebook import Codebook, linspace32, midpoints
 
 NESTED_BLOCK_SIZE = 256
 
@@ -80,6 +80,15 @@ def absmax_mean(absmax: torch.Tensor) -> torch.Tensor:
     if absmax.numel() == 0:
         return torch.zeros(1, device=absmax.device)
     return absmax.double().mean().float().reshape(1)
+
+
+def check_double_quant(codebook: Codebook) -> None:
+    """Raise ValueError for a data type whose absmax has a sign: the codes of a mean's deviations cannot hold it."""
+    if codebook.signed_absmax:
+        raise ValueError(
+            f"{codebook.name} keeps the sign of the absmax, which double quantization (it subtracts a mean) "
+            "cannot hold; pass double_quant=False"
+        )
 
 
 def _grouped(x: torch.Tensor, size: int) -> torch.Tensor:

@@ -139,6 +139,16 @@ def _double_quantize_args(generator, n, data="normal", map8="dynamic", block=256
     return absmax, absmax_mean(absmax), map8, block
 
 
+def _quantize_nested_args(
+    generator, n, data="normal", dtype="f32", quant_type="nf4", block=64, map8="dynamic", tail=256, layout="contiguous",
+    times=1.0,
+):  # fmt: skip
+    """`times` the tensor's own mean: another makes many blocks lie below it, where the guard acts."""
+    x, *_ = _quantize_args(generator, n, data, dtype, layout=layout)
+    _, absmax = torch.ops.qlora_ref.quantize_4bit(x, quant_type, block)
+    return x, times * absmax_mean(absmax), quant_type, block, map8, tail
+
+
 def _double_dequantize_args(generator, n, data="normal", map8="dynamic", block=256):
     absmax, mean, *_ = _double_quantize_args(generator, n, data, map8, block)
     codes, nested = torch.ops.qlora_ref.double_quantize(absmax, mean, map8, block)
@@ -176,6 +186,7 @@ _ARGUMENTS = {
     "quantize_4bit": _quantize_args,
     "dequantize_4bit": _dequantize_args,
     "double_quantize": _double_quantize_args,
+    "quantize_4bit_nested": _quantize_nested_args,
     "double_dequantize": _double_dequantize_args,
     "linear_4bit": _linear_args,
     "linear_4bit_backward": _linear_backward_args,
@@ -197,6 +208,16 @@ def _quantize_cases():
     rows += [dict(n=9001, block=2**b, dtype=d) for b in range(5, 13) for d in ("f32", "bf16")]
     rows += [dict(n=1111, layout=layout, dtype=d) for layout in ("strided", "transposed", "offset") for d in DTYPES]
     return _grid("quantize_4bit", EXACT, *rows)
+
+
+def _quantize_nested_cases():
+    rows = [dict(n=n, dtype=d) for n in (*SIZES, 64 * 256, 40001) for d in DTYPES]
+    rows += [dict(n=9001, data=data, dtype=d) for data in DATA for d in ("f32", "bf16") if data != "normal"]
+    rows += [dict(n=9001, quant_type=q) for q in NAMES if not get_codebook(q, 64).signed_absmax]
+    rows += [dict(n=40001, block=2**b, tail=tail) for b in range(5, 13) for tail in (32, 256, 4096)]
+    rows += [dict(n=9001, map8="fp8_e4m3", times=times, block=32) for times in (0.0, 0.9, 3.0, -1.0)]
+    rows += [dict(n=1111, layout=layout, dtype=d) for layout in ("strided", "transposed", "offset") for d in DTYPES]
+    return _grid("quantize_4bit_nested", EXACT, *rows)
 
 
 def _dequantize_cases():
@@ -235,6 +256,7 @@ ALL = [
     *_quantize_cases(),
     *_dequantize_cases(),
     *_grid("double_quantize", EXACT, *_double_rows()),
+    *_quantize_nested_cases(),
     *_grid("double_dequantize", EXACT, *_double_rows()),
     *_grid("linear_4bit", BOUND, *_linear_rows(bias=True)),
     *_grid("linear_4bit_backward", BOUND, *_linear_rows()),
