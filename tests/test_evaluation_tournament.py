@@ -207,7 +207,7 @@ def test_human_items_need_three_annotations(labels):
         (human("x", "x", 1, [1, 1, 1]), "against itself"),
         (human("x", "y", 1, [1, 1, 1])[:2] + human("x", "y", 1, [1, 1, 1])[:1], "duplicate id"),
         ([{"_where": "r", "a": "x", "b": "y", "question_id": 1, "score": 4}], "not one of 1, 2, 3, -1"),
-        ([{"_where": "r", "a": "x", "b": "y", "question_id": 1, "score": 1.0}], "not one of 1, 2, 3, -1"),
+        ([{"_where": "r", "a": "x", "b": "y", "question_id": 1, "score": 1.5}], "not one of 1, 2, 3, -1"),
         ([{"_where": "r", "a": "x", "b": "y", "score": 1}], "neither"),
         ([{"_where": "r", "a": "x", "question_id": 1, "score": 1}], "need the key b"),
         ([{"_where": "r", "system": "x", "first": "y", "question_id": 1, "score": [1, 2]}], "eval relative"),

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.stats import kendalltau, spearmanr
 
 from .order_bias import swapped_pairs
-from .tournament import TIE, UNPARSED, Ratings, Vote, majority_label
+from .tournament import UNPARSED, Ratings, Vote
 
 CLASSES = (1, 2, 3)
 
@@ -97,19 +97,17 @@ def between_judges(one: Ratings, other: Ratings) -> ItemAgreement:
 
 
 def after_swap(votes: list[Vote]) -> ItemAgreement:
-    """A judge against itself when the two answers change places."""
+    """A judge against itself when the two answers change places; one vote an item and order."""
     return item_agreement(
         swapped_pairs(votes),
         "a < b as strings; the swapped label is turned back",
-        "unparsed in either order dropped",
+        "no majority = tie; unparsed in either order dropped",
     )
 
 
 def _one_label_each(ratings: Ratings) -> dict[tuple, int]:
     """(a, b, item) -> label: the majority of a human file (no majority = tie), the label of a judge."""
-    if ratings.kind == "human":
-        return {key: majority_label(labels) or TIE for key, labels in ratings.annotations.items()}
-    return {(v.a, v.b, v.item): v.label for v in ratings.votes if v.label != UNPARSED}
+    return {(v.a, v.b, v.item): v.label for v in ratings.item_votes() if v.label != UNPARSED}
 
 
 def rank_agreement(one: dict[str, float], other: dict[str, float]) -> RankAgreement:

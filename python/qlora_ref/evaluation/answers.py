@@ -28,6 +28,8 @@ def read_questions(path: str | Path) -> dict[int | str, Question]:
         item = item_of(row)
         if not isinstance(row.get("text"), str) or not row["text"].strip():
             raise BadInput(f"{row['_where']}: a question needs its words under the key text.")
+        if not isinstance(row.get("category"), str | None):
+            raise BadInput(f"{row['_where']}: category must be a word, found {row['category']!r}.")
         if item in found:
             raise BadInput(f"{row['_where']}: question {item} is there twice.")
         key = "question_id" if row.get("question_id") is not None else "message_id"

@@ -52,8 +52,13 @@ def main(argv: list[str]) -> int:
     settings |= asdict(settings_of(args)) | {
         "orderings": args.orderings,
         "seed": args.seed,
-        "no majority": "tie",
+        "ties": args.ties,
+        "unparsed": args.unparsed,
+        "presentation orders": args.orders,
+        "items without a majority": "tie",
     }
+    if any(judge.kind == "human" for judge in judges):
+        settings |= {"annotators in Elo": args.annotators, "no majority in Elo": args.no_majority}
     emit(Result("Agreement", settings, tables, notes), args)
     return 0
 
@@ -63,7 +68,7 @@ def _alone(path: str, judge: Ratings) -> list[tuple[str, agreement.ItemAgreement
     if judge.kind == "human" and len(next(iter(judge.annotations.values()))) > 1:
         found.append((f"{path}: among annotators", agreement.among_annotators(judge)))
     with contextlib.suppress(ValueError):  # no item in both orders: nothing to say, not a fault of the file
-        found.append((f"{path}: after the swap", agreement.after_swap(judge.votes)))
+        found.append((f"{path}: after the swap", agreement.after_swap(judge.item_votes())))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from .records import BAD_ROW_POLICIES
@@ -45,9 +46,22 @@ def positive_int(text: str) -> int:
     return value
 
 
-def emit(result: Result, args: argparse.Namespace) -> None:
-    """Prints or writes the result; with csv, which has no place for them, settings and notes go to stderr."""
+def whole_number(text: str) -> int:
+    """0, 1, 2, ...; numpy takes no other seed."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
+    return value
+
+
+def emit(result: Result, args: argparse.Namespace, plot: Callable[[], None] | None = None) -> None:
+    """Prints or writes the result; with csv, which has no place for them, settings and notes go to stderr.
+
+    `plot` draws its file once it is certain that there is a result to print.
+    """
     text = render(result, args.format, args.table)
+    if plot:
+        plot()
     if args.format == "csv":
         print(
             "; ".join(f"{k} {v}" for k, v in result.settings.items()),

@@ -1,12 +1,14 @@
 """`qlora-ref eval elo FILE`: rates a tournament, as the paper did and as it should have."""
 
 import argparse
+import math
 from dataclasses import asdict, replace
+from functools import partial
 
 import numpy as np
 
 from . import bradley_terry, elo, paper
-from .cli_common import add_bad_rows, add_human, add_output, emit, parser, positive_int
+from .cli_common import add_bad_rows, add_human, add_output, emit, parser, positive_int, whole_number
 from .order_bias import order_bias
 from .records import read_rows
 from .report_tables import Result, Table
@@ -14,7 +16,12 @@ from .tournament import Matches, Ratings, average_orders, net_table, read_rating
 
 
 def _orderings(text: str) -> int | str:
-    return "all" if text == "all" else positive_int(text)
+    if text == "all":
+        return text
+    try:
+        return positive_int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or all, not {text!r}") from None
 
 
 def add_elo_options(p: argparse.ArgumentParser) -> None:
@@ -25,7 +32,7 @@ def add_elo_options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--base", type=float, help="odds for a lead of SCALE points (10)")
     g.add_argument("--scale", type=float, help="(400)")
     g.add_argument("--orderings", type=_orderings, default=elo.PAPER_ORDERINGS, metavar="N|all")
-    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--seed", type=whole_number, default=0)
     g.add_argument("--ties", choices=("half", "drop"), default="half", help="half a win each, or leave out")
     g.add_argument("--unparsed", choices=("drop", "tie"), default="drop", help="rows with score -1")
     g.add_argument("--orders", choices=("separate", "average"), default="separate", help="presentation orders")
@@ -68,15 +75,18 @@ def main(argv: list[str]) -> int:
     result = rate(matches, args)
     notes = ratings.notes.lines() + paper.unknown_systems(matches.names)
     try:
-        model = bradley_terry.fit(matches)
+        s = result.settings
+        # Odds of `base` for a lead of `scale`, as in the Elo column beside it.
+        model = bradley_terry.fit(matches, s.start, s.scale / math.log10(s.base))
     except ValueError as error:
         model = None
         notes.append(str(error))
+    plot = None
     if args.plot:
         from .report_plots import plot_elo
 
-        plot_elo(result, model, args.plot)
-    emit(_result(ratings, matches, result, model, notes, args), args)
+        plot = partial(plot_elo, result, model, args.plot)
+    emit(_result(ratings, matches, result, model, notes, args), args, plot)
     return 0
 
 
@@ -124,7 +134,10 @@ def _labels_table(ratings: Ratings) -> Table:
 
 
 def _bias_table(ratings: Ratings) -> Table:
-    return Table("order bias", ["statistic", "value"], [list(kv) for kv in asdict(order_bias(ratings.votes)).items()])
+    """One vote an item and order: of `--annotators each` the majorities, whose two orders can be compared."""
+    several = len({(v.a, v.b, v.item) for v in ratings.votes}) < len(ratings.votes)
+    bias = order_bias(ratings.item_votes() if several else ratings.votes)
+    return Table("order bias", ["statistic", "value"], [list(kv) for kv in asdict(bias).items()])
 
 
 def _paper_table(result: elo.EloResult) -> Table:

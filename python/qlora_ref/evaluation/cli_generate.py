@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from .answers import read_questions
-from .cli_common import add_model, model_of, parser, positive_int
+from .cli_common import add_model, model_of, parser, positive_int, whole_number
 from .cli_judge import add_endpoint, endpoint_of
 from .endpoint import EndpointRefuses
 from .generate import CHAT, TEMPLATES, Sampling, endpoint_generator, fill, local_generator, run
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     p.add_argument("--top-p", type=float, default=0.9)
     p.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
     p.add_argument("--max-new-tokens", type=positive_int, default=512)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=whole_number, default=0)
     p.add_argument("--limit", type=positive_int, metavar="N", help="only the first N questions")
     p.add_argument("--workers", type=positive_int, default=4, metavar="N", help="endpoint calls at a time (4)")
     help_template = f"local models: {', '.join([*TEMPLATES, CHAT])}, or a text holding {{question}} (guanaco)"

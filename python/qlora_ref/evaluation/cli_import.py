@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     p.add_argument("--raters", type=positive_int, default=3, metavar="N", help="annotations per item (default 3)")
     args = p.parse_args(argv)
     columns = _pairs(args.column, "--column")
-    labels = {text: int(value) for text, value in _pairs(args.label, "--label").items() if value in ("1", "2", "3")}
+    labels = {text: _verdict(text, value) for text, value in _pairs(args.label, "--label").items()}
     if unknown := set(columns) - set(_KEYS):
         raise BadInput(f"--column: no key {', '.join(sorted(unknown))}; the keys are {', '.join(_KEYS)}.")
     rows = [_renamed(row, columns, labels) for row in read_rows(args.file)]
@@ -36,6 +36,12 @@ def _pairs(values: list[str], flag: str) -> dict[str, str]:
     if wrong := [value for value in values if "=" not in value]:
         raise BadInput(f"{flag} {wrong[0]}: expected NAME=VALUE.")
     return dict(value.split("=", 1) for value in values)
+
+
+def _verdict(text: str, value: str) -> int:
+    if value not in ("1", "2", "3"):
+        raise BadInput(f"--label {text}={value}: a verdict is 1 (a), 2 (b) or 3 (tie).")
+    return int(value)
 
 
 def _renamed(row: dict, columns: dict[str, str], labels: dict[str, int]) -> dict:

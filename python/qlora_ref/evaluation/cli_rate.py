@@ -1,7 +1,7 @@
 """`qlora-ref eval rate ...`: rate answers yourself on a local web page."""
 
 from .answers import common_items, read_all_answers, read_questions
-from .cli_common import add_bad_rows, parser, positive_int
+from .cli_common import add_bad_rows, parser, positive_int, whole_number
 from .ledger import Ledger
 from .rating_page import RatingSession, fingerprint, make_server, make_tasks, row_key
 from .records import BadInput, Notes
@@ -14,7 +14,7 @@ def main(argv: list[str]) -> int:
     p.add_argument("--out", required=True, metavar="FILE", help="human ratings, .jsonl; annotators share it in turn")
     p.add_argument("--annotator", type=int, default=0, metavar="N", help="who is rating: 0, 1, 2 (0)")
     p.add_argument("--limit", type=positive_int, metavar="N", help="only the first N questions")
-    p.add_argument("--seed", type=int, default=0, help="draws the sides and the order of the items (0)")
+    p.add_argument("--seed", type=whole_number, default=0, help="draws the sides and the order of the items (0)")
     p.add_argument("--port", type=int, default=0, help="(any free one)")
     add_bad_rows(p)
     args = p.parse_args(argv)

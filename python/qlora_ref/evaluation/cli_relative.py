@@ -1,5 +1,7 @@
 """`qlora-ref eval relative FILE`: the paper's Table 6 from a file of relative scores."""
 
+from functools import partial
+
 from . import paper
 from .cli_common import add_bad_rows, add_output, emit, parser
 from .records import read_rows
@@ -19,13 +21,14 @@ def main(argv: list[str]) -> int:
     args = p.parse_args(argv)
     ids = None
     if args.baseline_answers:
-        ids = {row["answer_id"] for row in read_rows(args.baseline_answers) if row.get("answer_id")}
+        ids = {str(row["answer_id"]) for row in read_rows(args.baseline_answers) if row.get("answer_id")}
     table = relative_table(read_rows(args.file), args.baseline, args.bad_rows, ids)
+    plot = None
     if args.plot:
         from .report_plots import plot_relative
 
-        plot_relative(table, args.plot, args.interval)
-    emit(relative_result(table, args.interval), args)
+        plot = partial(plot_relative, table, args.plot, args.interval)
+    emit(relative_result(table, args.interval), args, plot)
     return 0
 
 

@@ -36,8 +36,9 @@ class EloSettings:
 
     def __post_init__(self) -> None:
         # A K of many scales would overflow base ** (lead / scale); it is no rating either.
-        if not (0 < self.k <= 100 * self.scale and self.base > 1 and math.isfinite(self.start)):
-            raise ValueError(f"Elo needs 0 < k <= 100 * scale, base > 1 and a finite start; got {self}.")
+        finite = all(map(math.isfinite, (self.k, self.start, self.base, self.scale)))
+        if not (finite and 0 < self.k <= 100 * self.scale and self.base > 1):
+            raise ValueError(f"Elo needs finite numbers with 0 < k <= 100 * scale and base > 1; got {self}.")
 
 
 PRESETS = {

@@ -6,6 +6,7 @@ not JSON) is refused. A row that breaks a rule (score out of range, duplicate ke
 (`[-1, -1]` and `-1`: the judge's reply could not be parsed) are neither: they are counted as unparsed.
 """
 
+import contextlib
 import csv
 import gzip
 import io
@@ -101,17 +102,33 @@ def _json_rows(path: Path, text: str) -> Iterable[dict[str, Any]]:
             continue
         where = f"{path.name}:{number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_unique)
         except json.JSONDecodeError as error:
             raise BadInput(f"{where}: not JSON ({error.msg} at column {error.colno}).") from None
+        except RecursionError:
+            raise BadInput(f"{where}: not a row (brackets nested too deep).") from None
+        except ValueError as error:  # a key given twice, or a number of thousands of digits
+            raise BadInput(f"{where}: {error}") from None
         if not isinstance(row, dict):
             raise BadInput(f"{where}: expected one JSON object a line, found {type(row).__name__}.")
         yield {**row, "_where": where}
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; the standard reader would silently keep the last of two equal keys."""
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice} is there twice; keep one of them.")
+    return row
+
+
 def _csv_rows(path: Path, text: str) -> Iterable[dict[str, Any]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        columns = [name.strip() for name in reader.fieldnames or []]
+        if len(set(columns)) != len(columns):
+            raise BadInput(f"{path.name}:1: two columns have the same name; the header is {', '.join(columns)}.")
         for row in reader:
             where = f"{path.name}:{reader.line_num}"
             if None in row or None in row.values():
@@ -121,11 +138,20 @@ def _csv_rows(path: Path, text: str) -> Iterable[dict[str, Any]]:
         raise BadInput(f"{path.name}:{reader.line_num}: not CSV ({error}).") from None
 
 
-def cell(key: str, text: str) -> int | str:
-    """A CSV cell: an integer under the keys that hold numbers, else text (a system may be called 7)."""
+def cell(key: str, text: str) -> Any:
+    """A CSV cell: an integer under the keys that hold numbers, else text (a system may be called 7).
+
+    A relative score is a pair, written as in JSON: "[8, 5.5]".
+    """
     text = text.strip()
+    if key == "score" and text.startswith("["):
+        with contextlib.suppress(ValueError):  # what is no pair stays text, which is no score
+            return json.loads(text)
     digits = text.removeprefix("-")
-    return int(text) if key in _NUMBER_KEYS and digits.isascii() and digits.isdigit() else text
+    if key not in _NUMBER_KEYS or not digits.isascii():
+        return text
+    whole = digits.removesuffix(".0")  # data frames write 1.0 where a column has gaps
+    return int(text.removesuffix(".0")) if whole.isdigit() else text
 
 
 def require_keys(rows: list[dict[str, Any]], keys: Iterable[str], what: str) -> None:

@@ -89,7 +89,7 @@ def relative_table(
         row["first"] = _shown_first(row, baseline, baseline_answer_ids)
     usable = set_aside(
         rows,
-        _score_problem,
+        lambda row: "the baseline scored against itself" if row["system"] == baseline else _score_problem(row),
         lambda row: (system_name(row, "system"), row["first"], item_of(row)),
         bad_rows,
         notes,
@@ -115,7 +115,7 @@ def _shown_first(row: dict[str, Any], baseline: str, baseline_ids: Collection[st
         if stored is None:
             raise BadInput(f"{row['_where']}: no key first; give the baseline's answers with --baseline-answers.")
         return stored
-    is_baseline = [row.get(key) in baseline_ids for key in ("answer1_id", "answer2_id")]
+    is_baseline = [str(row.get(key)) in baseline_ids for key in ("answer1_id", "answer2_id")]
     if sum(is_baseline) != 1:
         raise BadInput(f"{row['_where']}: exactly one of answer1_id, answer2_id must be an answer of {baseline}.")
     derived = baseline if is_baseline[0] else row["system"]

@@ -99,6 +99,8 @@ def _shown(value: Any, decimals: int) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float) and 0 < abs(value) < 0.5 * 10**-decimals:
+        return f"{value:.0e}"  # a p-value of 1e-99 is not 0.00
     return (
         f"{value:.{decimals}f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
     )
@@ -107,6 +109,8 @@ def _shown(value: Any, decimals: int) -> str:
 def write_text(path: str | Path, text: str) -> None:
     """Writes `text` to `path` whole or not at all, and reads it back."""
     path = Path(path)
+    if path.is_dir():
+        raise OSError(f"{path} is a folder; give the name of a file.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -62,6 +62,15 @@ class Ratings:
     annotations: dict[tuple, list[int]] = field(default_factory=dict)  # human only: item -> labels as listed
     notes: Notes = field(default_factory=Notes)
 
+    def item_votes(self) -> list[Vote]:
+        """One vote an item and order whatever `annotators` was: the majority of a human file, without one a tie.
+
+        Annotators have no identity across items, so the two orders of a pair can only be compared like this.
+        """
+        if self.kind == "judge":
+            return self.votes
+        return [Vote(*key, majority_label(labels) or TIE) for key, labels in self.annotations.items()]
+
 
 def read_ratings(
     rows: list[dict[str, Any]],
@@ -88,11 +97,11 @@ def _judge_ratings(rows: list[dict[str, Any]], bad_rows: str, loose: bool) -> Ra
     notes = Notes()
     good = set_aside(rows, lambda r: _label_problem(r, (1, 2, 3, -1)), _match_key, bad_rows, notes)
     for row in good:
-        stored = row["score"]
+        stored = row["score"] = int(row["score"])
         if isinstance(row.get("last_line"), str) and parse_threeclass(row["last_line"]) != stored:
             notes.add("stored score differs from int(last_line) (stored one used)", row["_where"])
         if loose and stored == UNPARSED:
-            row["score"] = parse_threeclass_loose(row.get("review") or row.get("last_line") or "")
+            row["score"] = parse_threeclass_loose(str(row.get("review") or row.get("last_line") or ""))
             if row["score"] != UNPARSED:
                 notes.add("unparsed row recovered by the loose parser (not the paper's rule)", row["_where"])
     votes = [Vote(row["a"], row["b"], item_of(row), row["score"]) for row in good]
@@ -113,15 +122,15 @@ def _human_ratings(
     notes = Notes()
     good = set_aside(
         rows,
-        lambda r: _label_problem(r, (1, 2, 3)),
+        lambda r: _annotator_problem(r) or _label_problem(r, (1, 2, 3)),
         lambda r: (*_match_key(r), r["annotator"]),
         bad_rows,
         notes,
     )
     items: dict[tuple, list[int]] = {}
     for row in good:
-        items.setdefault(_match_key(row), []).append(row["score"])
-    _refuse_wrong_counts(items, raters)
+        items.setdefault(_match_key(row), []).append(int(row["score"]))
+    items = _complete_items(items, raters, bad_rows, notes)
     without = sum(majority_label(labels) is None for labels in items.values())
     votes = []
     for (a, b, item), labels in items.items():
@@ -140,14 +149,19 @@ def majority_label(labels: list[int]) -> int | None:
     return label if 2 * count > len(labels) else None
 
 
-def _refuse_wrong_counts(items: dict[tuple, list[int]], raters: int) -> None:
-    wrong = [(key, len(labels)) for key, labels in items.items() if len(labels) != raters]
-    if wrong:
-        (a, b, item), count = wrong[0]
+def _complete_items(items: dict[tuple, list[int]], raters: int, bad_rows: str, notes: Notes) -> dict[tuple, list[int]]:
+    """The items with exactly `raters` annotations; the others are refused, or named and left out."""
+    wrong = {key: len(labels) for key, labels in items.items() if len(labels) != raters}
+    if wrong and bad_rows == "refuse":
+        (a, b, item), count = next(iter(wrong.items()))
         raise BadInput(
             f"{len(wrong)} item(s) without exactly {raters} annotations: the first is {a} against {b}, item {item}, "
-            f"which has {count}. Complete the file, or say how many annotate each item with --raters."
+            f"which has {count}. Complete the file, say how many annotate each item with --raters, or leave these "
+            "items out with --bad-rows set-aside."
         )
+    for (a, b, item), count in wrong.items():
+        notes.add(f"item without exactly {raters} annotations (left out)", f"{a} first, {b}, {item}: {count}")
+    return {key: labels for key, labels in items.items() if key not in wrong}
 
 
 def _match_key(row: dict[str, Any]) -> tuple[str, str, int | str]:
@@ -157,10 +171,15 @@ def _match_key(row: dict[str, Any]) -> tuple[str, str, int | str]:
 def _label_problem(row: dict[str, Any], allowed: tuple[int, ...]) -> str | None:
     if row["a"] == row["b"]:
         return "a system matched against itself"
-    score = row["score"]
-    if isinstance(score, bool) or not isinstance(score, int) or score not in allowed:
+    score = row["score"]  # 1.0 is the number 1: spreadsheets and data frames write it so
+    if isinstance(score, bool) or not isinstance(score, int | float) or score not in allowed:
         return f"score is not one of {', '.join(map(str, allowed))}"
     return None
+
+
+def _annotator_problem(row: dict[str, Any]) -> str | None:
+    annotator = row["annotator"]
+    return None if isinstance(annotator, int | str) and annotator != "" else "annotator is not a number or a name"
 
 
 def _name_missing_halves(votes: list[Vote], notes: Notes) -> None:
