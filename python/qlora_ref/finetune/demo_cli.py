@@ -7,10 +7,13 @@ after.
 
 import itertools
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..cli import UserError
 from . import report, run
@@ -27,7 +30,7 @@ ANSWER_TOKENS = 48
 # Small model, short run: a higher rate and a lower rank than the paper's 2e-4 and 64, which are for billions of weights
 SETTINGS: dict[str, Any] = dict(
     lora_rank=16, lora_alpha=32.0, lr=2e-3, schedule="cosine", warmup=0.05, batch_size=8, grad_accum=2, max_length=192,
-    max_eval_examples=96, save_steps=1000,
+    max_eval_examples=64, save_steps=1000,
 )  # fmt: skip
 
 
@@ -58,10 +61,12 @@ def main(argv: list[str]) -> int:
         model, train, heldout = tiny_base_path(), stdlib_qa_path("train"), stdlib_qa_path("heldout")
     except FileNotFoundError as error:
         raise UserError(str(error)) from None
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # products of this size are too small to share; beside other work two threads wait
     output = free_folder(Path(args.output))
     config = TrainConfig(
         model=str(model), data=str(train), eval_data=str(heldout), output=str(output), format="alpaca",
-        max_steps=args.steps, seed=args.seed, device=args.device, **SETTINGS,
+        max_steps=args.steps, eval_steps=max(1, args.steps // 4), seed=args.seed, device=args.device, **SETTINGS,
     )  # fmt: skip
     demo(config)
     return 0
