@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qlora_ref.memory import cards, models
 from qlora_ref.memory import categories as row
-from qlora_ref.memory.architecture import ConfigError, from_config, read_config
+from qlora_ref.memory.architecture import FAMILIES, ConfigError, from_config, read_config
 from qlora_ref.memory.estimate import Margin, estimate, state_bytes
 from qlora_ref.memory.settings import PAPER, PEFT, Settings, flags, preset
 
@@ -25,6 +25,9 @@ TINY = {
     "num_attention_heads": 4,
     "vocab_size": 1000,
 }
+
+
+MOE = {**TINY, "model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2}
 
 
 @pytest.mark.parametrize("name", models.names())
@@ -186,6 +189,13 @@ def test_flags_name_what_changed():
         ({**TINY, "hidden_size": -1}, "must be a positive integer"),
         ({**TINY, "hidden_size": 250}, "not a multiple"),
         ({**TINY, "num_key_value_heads": 3}, "cannot share 3 key-value heads"),
+        ({**TINY, "model_type": "mistral"}, "cannot share 8 key-value heads evenly, which transformers assumes"),
+        ({**TINY, "model_type": ["llama"]}, "model_type '\\['llama'\\]'"),
+        ({**TINY, "hidden_size": 10**30}, "no model has more than"),
+        ({**TINY, "num_hidden_layers": 10**9}, "no model has more than 4,096"),
+        ({**TINY, "head_dim": 0}, "head_dim = 0; it must be a positive integer"),
+        ({**TINY, "tie_word_embeddings": "false"}, "must be true or false"),
+        ({**MOE, "num_experts_per_tok": 9}, "cannot choose 9 of 8 experts"),
         ([1, 2], "not a JSON object"),
     ],
 )
@@ -194,10 +204,32 @@ def test_a_config_that_cannot_be_used(config, message):
         from_config(config)
 
 
+@pytest.mark.hf
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind != "t5"])
+def test_fields_left_out_are_what_transformers_assumes(kind):
+    auto = pytest.importorskip("transformers", reason="transformers is not installed").AutoConfig
+    left_out = {**TINY, "model_type": kind, "hidden_size": 4096, "num_attention_heads": 32, "num_local_experts": 8,
+                "num_experts_per_tok": 2}  # fmt: skip
+    for field in FAMILIES[kind].get("absent", {}):
+        left_out.pop(field, None)
+    theirs = auto.for_model(**left_out)
+    ours = from_config(left_out)
+    assert (ours.heads, ours.kv_heads, ours.vocab, ours.tied) == (
+        theirs.num_attention_heads, theirs.num_key_value_heads, theirs.vocab_size, theirs.tie_word_embeddings,
+    )  # fmt: skip
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or ours.hidden // ours.heads)
+
+
 def test_a_folder_and_a_vision_model_s_text_part(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": TINY}))
     assert read_config(tmp_path) == read_config(tmp_path / "config.json")
     assert read_config(tmp_path).hidden == 256
+    (tmp_path / "config.json").write_text(json.dumps(TINY), encoding="utf-8-sig")
+    assert read_config(tmp_path).hidden == 256
+    for damaged in ("{", "[" * 100_000, json.dumps(TINY).replace("256", "9" * 5000)):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(ConfigError, match="not valid JSON"):
+            read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="not valid JSON"):
         read_config(tmp_path)

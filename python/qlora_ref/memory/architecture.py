@@ -8,20 +8,31 @@ from typing import Any
 
 # model_type -> what its config.json does not say. `biases` are the linear layers that carry a bias,
 # `norms` the (h,) norms of one layer, `qk_norm` a norm of every query and key head, `softcap` a tanh over the logits.
+# `absent` holds what transformers' configuration class (5.23) assumes for a field that is not in the file.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
-    "mistral": {},
-    "mixtral": {},
-    "qwen2": {"biases": ("q_proj", "k_proj", "v_proj")},
-    "qwen3": {"qk_norm": True},
-    "gemma": {"tied": True, "head_dim": 256},
-    "gemma2": {"tied": True, "head_dim": 256, "norms": 4, "softcap": True},
-    "gemma3_text": {"tied": True, "head_dim": 256, "norms": 4, "qk_norm": True},
+    "mistral": {"absent": {"num_key_value_heads": 8}},
+    "mixtral": {"absent": {"num_key_value_heads": 8}},
+    "qwen2": {"biases": ("q_proj", "k_proj", "v_proj"), "absent": {"num_key_value_heads": 32}},
+    "qwen3": {"qk_norm": True, "absent": {"num_key_value_heads": 32, "head_dim": 128}},
+    "gemma": {"tied": True, "absent": {"num_key_value_heads": 16, "head_dim": 256}},
+    "gemma2": {
+        "tied": True, "norms": 4, "softcap": True,
+        "absent": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
+    },
+    "gemma3_text": {  # the published files leave all of these out
+        "tied": True, "norms": 4, "qk_norm": True,
+        "absent": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208},
+    },
     "t5": {"tied": True},
-}
+}  # fmt: skip
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 T5_BUCKETS = 32  # relative position buckets, one table a stack
+LARGEST = (
+    2**24
+)  # of any width, vocabulary or count: some ten times the largest model there is; beyond is a typing error
+MOST_LAYERS = 2**12
 
 
 class ConfigError(ValueError):
@@ -150,7 +161,7 @@ def from_config(config: dict, name: str = "config.json", source: str = "") -> Ar
     model_type = config.get("model_type")
     if model_type is None:
         raise ConfigError(f"{name} has no field 'model_type'; known types are {', '.join(FAMILIES)}.")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(
             f"{name} says model_type '{model_type}', whose memory this package cannot compute; "
             f"known types are {', '.join(FAMILIES)}."
@@ -158,57 +169,71 @@ def from_config(config: dict, name: str = "config.json", source: str = "") -> Ar
     return _t5(config, name, source) if model_type == "t5" else _decoder(config, model_type, name, source)
 
 
-def _integer(config: dict, field: str, name: str, default: int | None = None) -> int:
+def _integer(config: dict, field: str, name: str, default: int | None = None, largest: int = LARGEST) -> int:
     value = config.get(field)
     value = default if value is None else value
     if value is None:
         raise ConfigError(f"{name} has no field '{field}', which the memory of the model depends on.")
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name} says {field} = {value!r}; it must be a positive integer.")
+    if value > largest:
+        raise ConfigError(f"{name} says {field} = {value:.3g}; no model has more than {largest:,}.")
+    return value
+
+
+def _boolean(config: dict, field: str, name: str, default: bool = False) -> bool:
+    value = config.get(field)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} says {field} = {value!r}; it must be true or false.")
     return value
 
 
 def _decoder(config: dict, model_type: str, name: str, source: str) -> Architecture:
     family = FAMILIES[model_type]
+    given, config = config, {**family.get("absent", {}), **config}
     hidden = _integer(config, "hidden_size", name)
     heads = _integer(config, "num_attention_heads", name)
     kv_heads = _integer(config, "num_key_value_heads", name, default=heads)
     if heads % kv_heads:
-        raise ConfigError(f"{name}: {heads} attention heads cannot share {kv_heads} key-value heads evenly.")
-    head_dim = config.get("head_dim") or family.get("head_dim")
-    if not head_dim and hidden % heads:
+        assumed = "" if "num_key_value_heads" in given else ", which transformers assumes where the file does not say"
+        raise ConfigError(f"{name}: {heads} attention heads cannot share {kv_heads} key-value heads evenly{assumed}.")
+    if config.get("head_dim") is None and hidden % heads:
         raise ConfigError(f"{name}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}.")
     biases = family.get("biases", ())
-    if config.get("attention_bias"):
+    if _boolean(config, "attention_bias", name):
         biases = ATTENTION
-    if config.get("mlp_bias"):
+    if _boolean(config, "mlp_bias", name):
         biases = (*biases, *MLP)
     experts = _integer(config, "num_local_experts", name) if model_type == "mixtral" else 0
+    chosen = _integer(config, "num_experts_per_tok", name) if experts else 0
+    if chosen > experts:
+        raise ConfigError(f"{name}: a token cannot choose {chosen} of {experts} experts.")
     return Architecture(
         name=name,
         model_type=model_type,
         hidden=hidden,
         intermediate=_integer(config, "intermediate_size", name),
-        layers=_integer(config, "num_hidden_layers", name),
+        layers=_integer(config, "num_hidden_layers", name, largest=MOST_LAYERS),
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=_integer({"head_dim": head_dim or hidden // heads}, "head_dim", name),
+        head_dim=_integer(config, "head_dim", name, default=max(1, hidden // heads)),
         vocab=_integer(config, "vocab_size", name),
-        tied=bool(config.get("tie_word_embeddings", family.get("tied", False))),
+        tied=_boolean(config, "tie_word_embeddings", name, family.get("tied", False)),
         biases=biases,
         norms=family.get("norms", 2),
         qk_norm=family.get("qk_norm", False),
         softcap=family.get("softcap", False),
         experts=experts,
-        experts_per_token=_integer(config, "num_experts_per_tok", name) if experts else 0,
-        max_position=_integer(config, "max_position_embeddings", name, default=2**31),
+        experts_per_token=chosen,
+        max_position=_integer(config, "max_position_embeddings", name, default=2**31, largest=2**31),
         source=source or name,
     )
 
 
 def _t5(config: dict, name: str, source: str) -> Architecture:
     heads = _integer(config, "num_heads", name)
-    layers = _integer(config, "num_layers", name)
+    layers = _integer(config, "num_layers", name, largest=MOST_LAYERS)
     feed_forward = str(config.get("feed_forward_proj", "relu"))
     return Architecture(
         name=name,
@@ -220,9 +245,9 @@ def _t5(config: dict, name: str, source: str) -> Architecture:
         kv_heads=heads,
         head_dim=_integer(config, "d_kv", name),
         vocab=_integer(config, "vocab_size", name),
-        tied=bool(config.get("tie_word_embeddings", True)),
+        tied=_boolean(config, "tie_word_embeddings", name, True),
         norms=3,
-        decoder_layers=_integer(config, "num_decoder_layers", name, default=layers),
+        decoder_layers=_integer(config, "num_decoder_layers", name, default=layers, largest=MOST_LAYERS),
         gated=feed_forward.startswith("gated"),
         max_position=2**31,  # relative positions: no table to run out of
         source=source or name,
@@ -236,8 +261,8 @@ def read_config(path: str | Path) -> Architecture:
     if not file.is_file():
         raise ConfigError(f"There is no {file}; give a config.json, or a model folder that holds one.")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, numbers or nesting without end
         raise ConfigError(f"{file} is not valid JSON ({error}).") from error
     return from_config(config, name=str(file), source=str(file))
 

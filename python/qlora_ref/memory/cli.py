@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -111,26 +112,39 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def margin_of(args: argparse.Namespace) -> Margin:
     if min(args.context_mib, args.decoded_mib, args.fragmentation) < 0:
         raise ConfigError("--context-mib, --decoded-mib and --fragmentation cannot be negative.")
+    if not math.isfinite(args.fragmentation):
+        raise ConfigError(f"--fragmentation {args.fragmentation}: a share of the tensors is needed, such as 0.03.")
     return Margin(args.context_mib << 20, args.fragmentation, args.decoded_mib << 20)
 
 
 def load(name: str) -> tuple[dict, Architecture]:
     """(config dictionary, architecture) of a built-in name, a config.json, or a model folder."""
     path = Path(name)
+    if not path.exists() and "/" in name and not name.endswith(".json") and (near := models.nearest(name)):
+        raise ConfigError(
+            f"There is no {name} on this disk, and nothing is fetched from a hub; give a config.json or a model "
+            f"folder, or a built-in model: the nearest are {', '.join(near)}."
+        )
+    if not name.strip():
+        raise ConfigError("The name of the model is empty; --list-models lists the built-in ones.")
     if path.exists() or name.endswith(".json") or "/" in name:
         architecture = read_config(path)
         file = path / "config.json" if path.is_dir() else path
-        return json.loads(file.read_text(encoding="utf-8")), architecture
+        return json.loads(file.read_text(encoding="utf-8-sig")), architecture
     return models.hf_config(models.model(name).name), models.model(name)
 
 
 def check_outputs(args: argparse.Namespace) -> None:
+    if args.json == args.csv == "-":
+        raise ConfigError("--json - and --csv - would mix on standard output; give one of them a file.")
     for option in ("json", "csv", "figure"):
         target = getattr(args, option)
         if target in (None, "-"):
             continue
         if not Path(target).absolute().parent.is_dir():
             raise ConfigError(f"--{option} {target}: there is no folder {Path(target).absolute().parent}.")
+        if Path(target).is_dir():
+            raise ConfigError(f"--{option} {target}: that is a folder; give the name of a file.")
         if option == "figure" and Path(target).suffix.lower() not in FIGURES:
             raise ConfigError(f"--figure {target}: the name must end in {' or '.join(FIGURES)}.")
 

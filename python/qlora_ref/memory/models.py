@@ -370,12 +370,18 @@ def hf_config(name: str) -> dict:
     }  # fmt: skip
 
 
+def nearest(name: str) -> list[str]:
+    """Up to three built-in names like `name`, the most alike first; an organisation before a slash is ignored."""
+    key = name.rsplit("/", 1)[-1].lower().replace("_", "-").removesuffix("-hf")
+    return difflib.get_close_matches(key, names(), n=3, cutoff=0.5)
+
+
 @cache
 def model(name: str) -> Architecture:
     """Architecture of a built-in model. Raises `ConfigError`, naming the nearest model, when there is none."""
-    key = name.lower().replace("_", "-")
+    key = name.strip().lower().replace("_", "-")
     if key not in names():
-        near = difflib.get_close_matches(key, names(), n=3, cutoff=0.5)
+        near = nearest(name)
         hint = f"the nearest are {', '.join(near)}" if near else f"known families: {', '.join(FAMILIES)}"
         raise ConfigError(
             f"There is no built-in model '{name}'; {hint}. "
