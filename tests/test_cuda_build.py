@@ -1,12 +1,15 @@
 """The CUDA sources compile without warnings for every target, and no kernel spills. Needs nvcc, no card."""
 
 import importlib.util
+import os
 import shutil
+import subprocess
 import sys
 
 import pytest
 
 from conftest import ROOT
+from qlora_ref.cuda_linear import unusable
 
 SPEC = importlib.util.spec_from_file_location("cuda_report", ROOT / "tools" / "cuda_report.py")
 cuda_report = sys.modules["cuda_report"] = importlib.util.module_from_spec(SPEC)
@@ -65,3 +68,17 @@ def test_every_source_is_built_and_reported():
     listed = (ROOT / "CMakeLists.txt").read_text().split("foreach(name ", 1)[1].split(")")[0].split()
     assert sources <= set(listed), f"not in CMakeLists.txt: {sources - set(listed)}"
     assert sources <= {*cuda_report.SOURCES, "device", "paged_memory"}
+
+
+@needs_nvcc
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not on PATH")
+def test_native_is_resolved_to_numbers(tmp_path, monkeypatch):
+    """QLORA_CUDA_ARCHS=native, the build of `make gpu`: what the binary tells native.py must be targets it can read."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 9.0\necho 7.5\necho 9.0\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), f"-DPython_EXECUTABLE={sys.executable}"]
+    done = subprocess.run([*command, "-DQLORA_CUDA=ON", "-DQLORA_CUDA_ARCHS=native"], capture_output=True, text=True)
+    assert "CUDA ON 90-real 75-real" in done.stdout, done.stdout + done.stderr
+    assert unusable("90-real 75-real", [90], 13000, 13000) == ""

@@ -246,6 +246,8 @@ def unusable(archs: str, capabilities: list[int], driver: int, runtime: int) -> 
 
 def _covers(arch: str, capability: int) -> bool:
     name, _, kind = arch.partition("-")
+    if not name[0].isdigit():  # CMake's words `all`, `all-major`: a card they leave out is found at the first launch
+        return True
     target = int(name.rstrip("af"))
     if name[-1].isalpha():
         return target == capability
