@@ -39,6 +39,12 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_logreport(report):
+    if report.failed and "gpu" in report.keywords and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            first = str(error).splitlines()[0]
+            pytest.exit(f"{report.nodeid} broke the CUDA context ({first}); the rest was not run", returncode=4)
     if report.skipped and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2].removeprefix("Skipped: ")
         _skipped[reason] = _skipped.get(reason, 0) + 1

@@ -58,6 +58,17 @@ def test_a_failed_build_ends_it(tmp_path, monkeypatch):
     assert [s["status"] for s in json.loads((tmp_path / "report.json").read_text())["stages"]] == ["failed", "not run"]
 
 
+def test_every_gpu_test_belongs_to_a_stage():
+    marked = {p.name for p in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in p.read_text()} - {"test_gpu_tools.py"}
+    assert marked == {file for file, *_ in check_gpu.TESTS.values()}
+
+
+def test_output_cut_inside_a_character(tmp_path):
+    stage = check_gpu.Stage("x", [sys.executable, "-c", "import os; os.write(1, b'half \\xc3')"], 1.0)
+    check_gpu.run_stage(stage, tmp_path / "log.txt", 20)
+    assert stage.status == "passed" and stage.summary.startswith("half")
+
+
 def test_without_a_card_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(check_gpu, "environment", lambda: {"torch": "2.13 None False"})
     assert check_gpu.main(["--output", str(tmp_path)]) == 2
@@ -65,9 +76,11 @@ def test_without_a_card_it_says_so(tmp_path, monkeypatch, capsys):
 
 
 def test_stages_name_files_that_exist(tmp_path):
-    for name in (*check_gpu.KERNEL_TESTS, *check_gpu.PAGED_TESTS):
-        assert (ROOT / "tests" / name).exists(), name
+    for file, part, _ in check_gpu.TESTS.values():
+        text = (ROOT / "tests" / file).read_text()
+        assert "mark.gpu" in text and f"def {part}" in text, file
     stages = check_gpu.stages(tmp_path)
+    assert {s.name for s in stages} > set(check_gpu.TESTS)
     assert sum(s.share for s in stages) == pytest.approx(1)
     for stage in stages:
         assert all(not part.startswith(str(ROOT / "tools")) or (ROOT / part).exists() for part in stage.command)
@@ -80,6 +93,18 @@ def test_the_sanitized_workload_reaches_every_op():
     from qlora_ref.ops import OP_NAMES
 
     assert {case.op for case in sanitize.cases_worth_running()} == set(OP_NAMES)
+
+
+def test_when_the_time_is_out_every_op_has_had_a_turn():
+    from qlora_ref.ops import OP_NAMES
+
+    first = [case.op for case, _ in zip(sanitize.cases_worth_running(), OP_NAMES, strict=False)]
+    assert sorted(first) == sorted(OP_NAMES)
+
+
+@pytest.mark.skipif(native.cpu is None, reason=f"no native CPU: {native.missing['cpu']}")
+def test_the_sanitized_adamw_steps_are_calls_that_work():
+    sanitize.adamw_steps(native.cpu, "cpu")
 
 
 # --- bench -----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,10 +25,13 @@ def cases_worth_running():
     """One of each (op, dtype, size, layout ...) combination that is small: the tools slow kernels down 10-100 times."""
     from qlora_ref.testing.cases import cases
 
+    small: dict[str, list] = {}
     for case in cases():
         p = case.params
         if p.get("n", 0) * p.get("k", 1) <= 2**15 and p.get("data", "normal") in ("normal", "nonfinite", "zeros"):
-            yield case
+            small.setdefault(case.op, []).append(case)
+    for turn in zip_longest(*small.values()):  # by turns: when the time is out, every op has had some
+        yield from (case for case in turn if case is not None)
 
 
 def run() -> int:
@@ -48,14 +52,40 @@ def run() -> int:
             break
         getattr(torch.ops.qlora_ref, case.op)(*case.arguments("cuda"))
         count += 1
-    for rows, tokens in ((40, 5), (9000, 8), (40, 12), (9000, 12), (40, 20), (9000, 32)):  # every tiling on most cards
+    tilings()
+    adamw_steps(native.cuda, "cuda")
+    torch.cuda.synchronize()
+    print(f"{count} cases ran")
+    return 0
+
+
+def tilings() -> None:
+    """The linear kernel for few tokens, in every tiling on most cards."""
+    import torch
+
+    for rows, tokens in ((40, 5), (9000, 8), (40, 12), (9000, 12), (40, 20), (9000, 32)):
         x = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16)
         codes = torch.zeros(rows * 128, dtype=torch.uint8, device="cuda")
         absmax = torch.ones(rows * 4, device="cuda")
         torch.ops.qlora_ref.linear_4bit(x, codes, absmax, None, None, "nf4", 64, "dynamic", 256, rows, None)
-    torch.cuda.synchronize()
-    print(f"{count} cases ran")
-    return 0
+
+
+def adamw_steps(backend, device: str) -> None:
+    """One step of both AdamW kernels in both dtypes, over two tensors with ragged ends."""
+    import torch
+
+    hyper = dict(lr=1e-3, beta1=0.9, beta2=0.999, weight_decay=0.01, eps=1e-8)
+    sizes = (20_000, 513)  # more than a chunk of 16384; a few elements over two state blocks
+    for dtype in (torch.float32, torch.bfloat16):
+        params, grads = ([torch.randn(n, device=device).to(dtype) for n in sizes] for _ in range(2))
+        steps = [torch.ones(1, device=device) for _ in sizes]
+        moments = [[torch.zeros(n, device=device) for n in sizes] for _ in range(2)]
+        backend.adamw(params, grads, *moments, steps, **hyper)
+        states = []
+        for _ in range(2):
+            states.append([torch.zeros(n, dtype=torch.uint8, device=device) for n in sizes])
+            states.append([torch.zeros(-(-n // 256), device=device) for n in sizes])
+        backend.adamw_8bit(params, grads, *states, steps, **hyper)
 
 
 def sanitizer() -> str | None:
@@ -96,13 +126,14 @@ def main(argv: list[str]) -> int:
             )
             text, status = done.stdout + done.stderr, done.returncode
         except subprocess.TimeoutExpired as error:
-            text, status = str(error.stdout or ""), None
+            text, status = (error.stdout or b"").decode(errors="replace"), None  # bytes, whatever `text` says
         if args.output:
             args.output.mkdir(parents=True, exist_ok=True)
             (args.output / f"{tool}.txt").write_text(text)
         verdict = {0: "clean", FOUND: "FOUND SOMETHING", None: f"did not end within {args.limit:.0f} s"}
-        print(f"{tool}: {verdict.get(status, f'failed to run (status {status})')}")
-        print("\n".join(text.splitlines()[-6:]))
+        found = [line for line in text.splitlines() if line.startswith("=========")]
+        print("\n".join(found[:200] if status == FOUND else text.splitlines()[-30 if status else -3 :]))
+        print(f"{tool}: {verdict.get(status, f'failed to run (status {status})')}")  # the last line is the summary
         worst = max(worst, int(status != 0))
     return worst
 
