@@ -17,7 +17,7 @@ from qlora_ref.memory.tracker import Tracker
 pytestmark = [pytest.mark.hf, pytest.mark.filterwarnings("ignore")]
 
 
-def config(kind="llama", h=256, f=704, layers=4, n=4, kv=None, d=None, vocab=1000, tied=False, **more):
+def config(kind="llama", h=256, f=704, layers=2, n=4, kv=None, d=None, vocab=1000, tied=False, **more):
     return {
         "model_type": kind, "hidden_size": h, "intermediate_size": f, "num_hidden_layers": layers,
         "num_attention_heads": n, "num_key_value_heads": kv or n, "head_dim": d or h // n, "vocab_size": vocab,
