@@ -150,3 +150,15 @@ def test_a_label_that_is_no_verdict_is_refused(tmp_path):
     with pytest.raises(UserError, match="--label left=9: a verdict is 1"):
         cli.main(["import-csv", str(tmp_path / "s.csv"), "--out", str(tmp_path / "o.jsonl"), "--label=left=9"])
     assert not (tmp_path / "o.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "flag", ["--max-cost=nan", "--price-in=-5", "--price-out=inf", "--timeout=0", "--timeout=nan", "--retries=-1"]
+)
+def test_limits_of_a_judge_run_are_numbers_that_limit(tmp_path, flag, capsys):
+    """A cost limit of nan would never be exceeded, a negative price would hide what a run costs."""
+    command = ["judge", "--questions", "q", "--answers", "a=a", "--out", str(tmp_path / "o.jsonl"), "--yes", flag]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(command)
+    assert stopped.value.code == 2 and f"argument {flag.split('=')[0]}: must be" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Options that several subverbs share."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +52,22 @@ def whole_number(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
+    return value
+
+
+def amount(text: str) -> float:
+    """A finite number, zero or more: seconds, prices, limits. (nan would pass every comparison with a limit.)"""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number, zero or more, not {text}")
+    return value
+
+
+def duration(text: str) -> float:
+    """Seconds, more than zero."""
+    value = amount(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be more than 0 seconds")
     return value
 
 

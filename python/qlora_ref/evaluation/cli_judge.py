@@ -5,7 +5,7 @@ import math
 import sys
 
 from .answers import common_items, read_all_answers, read_questions
-from .cli_common import add_bad_rows, parser, positive_int
+from .cli_common import add_bad_rows, amount, duration, parser, positive_int, whole_number
 from .endpoint import Endpoint, EndpointRefuses
 from .judge_prompts import KINDS
 from .judging import Estimate, Outcome, ReplayJudge, endpoint_judge, estimate, fingerprint, keys_in, make_jobs, run
@@ -50,9 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--dry-run", action="store_true", help="count calls, tokens and cost, and stop")
     p.add_argument("--yes", action="store_true", help="start without asking")
     p.add_argument("--tokenizer", metavar="FOLDER", help="count prompt tokens with this local tokenizer")
-    p.add_argument("--price-in", type=float, metavar="USD", help="per million prompt tokens")
-    p.add_argument("--price-out", type=float, metavar="USD", help="per million completion tokens")
-    p.add_argument("--max-cost", type=float, metavar="USD", help="refuse to start when it could cost more")
+    p.add_argument("--price-in", type=amount, metavar="USD", help="per million prompt tokens")
+    p.add_argument("--price-out", type=amount, metavar="USD", help="per million completion tokens")
+    p.add_argument("--max-cost", type=amount, metavar="USD", help="refuse to start when it could cost more")
     add_endpoint(p)
     add_bad_rows(p)
     return p
@@ -63,9 +63,11 @@ def add_endpoint(p: argparse.ArgumentParser) -> None:
     g.add_argument("--base-url", metavar="URL", help="such as http://localhost:8000/v1")
     g.add_argument("--model", metavar="NAME", help="the model's name there")
     g.add_argument("--key-env", metavar="VAR", help="environment variable with the key (default: no key)")
-    g.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds for one attempt (120)")
-    g.add_argument("--retries", type=int, default=6, metavar="N", help="further attempts, with growing pauses (6)")
-    g.add_argument("--pause", type=float, default=1.0, metavar="S", help="first pause (1), doubled each time")
+    g.add_argument("--timeout", type=duration, default=120.0, metavar="S", help="seconds for one attempt (120)")
+    g.add_argument(
+        "--retries", type=whole_number, default=6, metavar="N", help="further attempts, with growing pauses (6)"
+    )
+    g.add_argument("--pause", type=amount, default=1.0, metavar="S", help="first pause (1), doubled each time")
 
 
 def endpoint_of(args: argparse.Namespace) -> Endpoint:
