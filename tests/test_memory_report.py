@@ -142,6 +142,13 @@ def test_compare_trace_prints_both(capsys, tmp_path):
     assert "estimate / trace - 1 = " in out and "trace, GB" in out and "needed on the card" in out
 
 
+def test_a_comparison_does_not_mix_with_facts_on_standard_output(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "compare", lambda *_: "the comparison")
+    assert cli.main(["--model", "llama-7b", "--compare", "trace", "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["model"] == "llama-7b" and err.startswith("the comparison")
+
+
 def _measured(config, reading, **settings):
     """(measured, expected) bytes of one reading in a fresh process."""
     pytest.importorskip("transformers", reason="transformers is not installed")

@@ -169,7 +169,8 @@ def run(args: argparse.Namespace) -> int:
     results = [estimate(architecture, settings, margin) for _, architecture in loaded]
     if args.compare:
         for (config, _), result in zip(loaded, results, strict=True):
-            print(compare(args, config, result) + "\n")
+            # Standard output belongs to the facts when they go there: it must stay JSON or CSV.
+            print(compare(args, config, result) + "\n", file=sys.stderr if "-" in (args.json, args.csv) else sys.stdout)
     write(args, results)
     return 0
 
