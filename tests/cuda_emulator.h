@@ -88,11 +88,11 @@ inline State state;
 inline unsigned lane() { return state.current->thread % 32; }
 inline unsigned warp() { return state.current->thread / 32; }
 
-inline void yield() {
+[[gnu::noinline]] inline void yield() {
   if (_setjmp(state.current->context) == 0) _longjmp(state.scheduler, 1);
 }
 
-inline void resume(Fiber& f) {
+[[gnu::noinline]] inline void resume(Fiber& f) {  // not inlined: a jump back may clobber the caller's variables
   state.current = &f;
   if (_setjmp(state.scheduler) != 0) return;
   if (f.started) _longjmp(f.context, 1);

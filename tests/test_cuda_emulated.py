@@ -156,6 +156,9 @@ def test_misaligned_storage(offset, emulated):
             packed, absmax, None, None, "nf4", 64, "dynamic", 256, (40, 64), dtype
         )
         assert_bits_equal(emulated.dequantize_4bit(*arguments, dtype), expected, f"offset {offset}")
+        out = torch.empty(40 * 64 + offset, dtype=dtype)[offset:].view(40, 64)
+        aligned_codes = (packed, *arguments[1:])
+        assert_bits_equal(emulated.dequantize_4bit(*aligned_codes, dtype, out=out), expected, f"out, offset {offset}")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -59,6 +59,51 @@ def test_quantize_and_dequantize_at_real_sizes(shape, dtype):
         assert_bits_equal(q.dequantize(out), expected, f"{out}")
 
 
+@DTYPES
+def test_both_levels_in_one_kernel_at_real_sizes(dtype):
+    """3584 nested groups at once, with the tensor's own mean: the bytes of the two kernels; and in a graph."""
+    x = weight(4096, 14336, dtype)
+    two = QuantizedTensor.quantize(x)
+    one = QuantizedTensor.quantize(x, absmax_mean=two.absmax_mean)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = torch.ops.qlora_ref.quantize_4bit_nested(x, two.absmax_mean, "nf4", 64, "dynamic", 256)
+    graph.replay()
+    for c, name in zip(captured, ("packed", "absmax", "nested_absmax"), strict=True):
+        assert_bits_equal(getattr(one, name), getattr(two, name), name)
+        assert_bits_equal(c, getattr(two, name), f"{name}, captured")
+
+
+@DTYPES
+@pytest.mark.parametrize("offset", [1, 2, 4, 8])
+def test_misaligned_storage(offset, dtype):
+    """Slices that 16-byte accesses cannot reach, in and out: a card faults on a misaligned vector."""
+    x = weight(1, 300 * 64 + 37, dtype)[0]
+    shifted = torch.empty(x.numel() + offset, dtype=dtype, device="cuda")[offset:].copy_(x)
+    expected, ours = (torch.ops.qlora_ref.quantize_4bit(t, "nf4", 64) for t in (x, shifted))
+    for e, o in zip(expected, ours, strict=True):
+        assert_bits_equal(o, e)
+    packed, absmax = expected
+    tables = get_codebook("nf4", 64), 64, None, 256
+    codes = torch.empty(packed.numel() + offset, dtype=torch.uint8, device="cuda")[offset:].copy_(packed)
+    out = torch.empty(x.numel() + offset, dtype=dtype, device="cuda")[offset:]
+    native.cuda.dequantize_4bit(codes, absmax, None, None, *tables, x.shape, dtype, out=out)
+    assert_bits_equal(out, native.cuda.dequantize_4bit(packed, absmax, None, None, *tables, x.shape, dtype))
+    rows = torch.ops.qlora_ref.quantize_4bit(weight(64, 96), "nf4", 64)
+    inputs = weight(2, 96, dtype)
+    moved = [
+        torch.empty(t.numel() + offset, dtype=t.dtype, device="cuda")[offset:].copy_(t)
+        for t in (rows[0], inputs.flatten())
+    ]
+    y = torch.ops.qlora_ref.linear_4bit(
+        moved[1].view(2, 96), moved[0], rows[1], None, None, "nf4", 64, "dynamic", 256, 64, None
+    )
+    expected, bound = float64_linear(
+        inputs, QuantizedTensor(*rows, None, None, QuantConfig(double_quant=False), torch.Size((64, 96)), dtype), None
+    )
+    assert ((y.double() - expected).abs() <= bound).all()
+
+
 def float64_linear(x, q, bias):
     """(y64, bound) on the card: the bound of testing/compare.py for one product and one rounding."""
     W = q.dequantize(x.dtype).double()
