@@ -71,6 +71,21 @@ def data_dir() -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def float32_reductions(request):
+    """On a card torch lets cuBLAS round partial sums of a split k to 16 bits; the bounds of the tests are for float32."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    matmul, names = torch.backends.cuda.matmul, [f"allow_{t}_reduced_precision_reduction" for t in ("bf16", "fp16")]
+    before = [getattr(matmul, name) for name in names]
+    for name in names:
+        setattr(matmul, name, False)
+    yield
+    for name, value in zip(names, before, strict=True):
+        setattr(matmul, name, value)
+
+
 GUARD, POISON = 64, 0xA5
 
 

@@ -24,16 +24,6 @@ SHAPES = ((4096, 14336), (1024, 4096), (1000, 4128))  # a Llama layer, a small o
 GIB = 2**30
 
 
-@pytest.fixture(autouse=True)
-def full_precision_reductions():
-    """torch lets cuBLAS round partial sums of split-k to 16 bits by default; the bounds here are for float32 sums."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
-    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
-    yield
-    matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = before
-
-
 def weight(rows, cols, dtype=torch.bfloat16, seed=0):
     generator = torch.Generator("cuda").manual_seed(seed)
     return (0.02 * torch.randn(rows, cols, generator=generator, device="cuda")).to(dtype)
