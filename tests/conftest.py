@@ -73,7 +73,7 @@ def data_dir() -> Path:
 
 @pytest.fixture(autouse=True)
 def float32_reductions(request):
-    """On a card torch lets cuBLAS round partial sums of a split k to 16 bits; the bounds of the tests are for float32."""
+    """On a card torch lets cuBLAS round partial sums of a split k to 16 bits; the tests' bounds are for float32."""
     if request.node.get_closest_marker("gpu") is None:
         yield
         return
