@@ -6,7 +6,9 @@ from ... import quantized  # noqa: F401  (registers torch.ops.qlora_ref)
 from ...reference.blockwise import BLOCK_SIZES
 from ...reference.codebook import get_codebook
 from ...reference.double_quant import Map8, absmax_mean, dequantize_8bit, get_map8, quantize_8bit
+from .maps import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map  # noqa: F401
 from .quant_state import QUANT_TYPES, QuantState
+from .utils import pack_dict_to_tensor, unpack_tensor_to_dict  # noqa: F401
 
 __all__ = [
     *("QuantState", "create_dynamic_map", "create_fp8_map", "create_linear_map", "create_normal_map", "gemv_4bit"),
