@@ -186,8 +186,12 @@ def run_study(study: Study, output: Path, jobs: int, note: Any = print) -> int:
     context = get_context("spawn")
     devices = _gpu_queue(context, jobs)
     with ProcessPoolExecutor(jobs, context, _initialize, (devices,)) as pool:
-        for future in as_completed([pool.submit(execute, p, output, study.permute) for p in waiting]):
-            collect(future.result())
+        try:
+            for future in as_completed([pool.submit(execute, p, output, study.permute) for p in waiting]):
+                collect(future.result())
+        except KeyboardInterrupt:
+            pool.shutdown(wait=True, cancel_futures=True)  # the runs in hand leave their checkpoints
+            raise
     return failed
 
 
