@@ -207,6 +207,16 @@ def test_dropout_and_packing_and_grouping_run(settings, tmp_path):
         assert prepared.trainer.finished
 
 
+def test_paging_changes_where_moments_live_and_no_weight(settings, tmp_path):
+    """A pool smaller than the moments: pages move, and the adapter is that of the resident run, bit for bit."""
+    moved = {}
+    for paging in ("none", "cpu"):
+        change = dict(max_steps=3, lora_rank=64, paging=paging, pool_mib=1, output=str(tmp_path / paging))
+        moved[paging] = run.run(settings.replace(**change)).trainer.optimizer.stats().faults
+    assert moved["none"] == 0 < moved["cpu"]
+    assert equal(adapter_of(tmp_path / "none"), adapter_of(tmp_path / "cpu"))
+
+
 # --- checkpoints and resume -----------------------------------------------------------------------------------------
 
 

@@ -72,6 +72,10 @@ class TrainConfig:
     beta2: float = opt(0.999, "Adam's second decay rate")
     max_grad_norm: float = opt(0.3, "gradients are clipped to this norm")
     optimizer_bits: int = opt(32, "bits of the Adam moments: 32 or 8")
+    paging: str = opt(
+        "auto", "where Adam's moments live (docs/06_paging.md)", ("auto", "none", "cpu", "pinned", "managed")
+    )
+    pool_mib: int = opt(512, "device memory for pages of Adam's moments, MiB")
     gradient_checkpointing: bool = opt(True, "recompute activations in the backward pass")
     group_by_length: bool = opt(False, "batch examples of similar length")
     packing: bool = opt(False, "several examples in one row, each blind to the others")
@@ -175,6 +179,8 @@ def check(config: TrainConfig) -> None:
         raise UserError("--lora-dropout and --beta2 must lie in [0, 1).")
     if config.optimizer_bits not in (8, 32):
         raise UserError(f"--optimizer-bits must be 32 or 8, not {config.optimizer_bits}.")
+    if config.pool_mib < 1:
+        raise UserError(f"--pool-mib must be at least 1, not {config.pool_mib}.")
     if config.quant_type != "none":
         _check_quantization(config)
     if config.packing and config.group_by_length:

@@ -45,6 +45,7 @@ class Result:
     peak: tuple[str, int]
     answers: list[tuple[str, str]]
     seconds: float
+    paging: dict[str, int]
     records: list[dict]
 
 
@@ -64,9 +65,13 @@ def main(argv: list[str]) -> int:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # products of this size are too small to share; beside other work two threads wait
     output = free_folder(Path(args.output))
+    on_cpu = args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available())
+    # the moments of both arms take 2 MB: on the CPU the reference pager moves them through a pool of half that
+    paging: dict[str, Any] = dict(paging="cpu", pool_mib=1) if on_cpu else {}
     config = TrainConfig(
         model=str(model), data=str(train), eval_data=str(heldout), output=str(output), format="alpaca",
-        max_steps=args.steps, eval_steps=max(1, args.steps // 4), seed=args.seed, device=args.device, **SETTINGS,
+        max_steps=args.steps, eval_steps=max(1, args.steps // 4), seed=args.seed, device=args.device,
+        **paging, **SETTINGS,
     )  # fmt: skip
     demo(config)
     return 0
@@ -112,7 +117,8 @@ def train_arm(config: TrainConfig, name: str, asked: list[tuple[Message, str]]) 
     losses = run.held_out(trainer.records)
     memory, peak = report.memory_bytes(trainer), report.measured_peak(trainer)
     pairs = list(zip(before, answers(), strict=True))
-    return Result(name, *losses, memory, peak, pairs, time.perf_counter() - start, trainer.records)
+    paging = vars(trainer.optimizer.stats())
+    return Result(name, *losses, memory, peak, pairs, time.perf_counter() - start, paging, trainer.records)
 
 
 def demo(config: TrainConfig) -> list[Result]:
@@ -141,6 +147,10 @@ def summary(results: list[Result], asked: list[tuple[Message, str]], output: Pat
         f"  QLoRA ends {abs(difference):.4f} {'above' if difference > 0 else 'below'} 16-bit LoRA (one seed)",
         "",
         report.memory_table({r.name: r.memory for r in results}, {r.name: r.peak for r in results}),
+        "  paged AdamW: {faults} page faults, {} to the device, {} back".format(
+            *(report.human(results[0].paging[f"bytes_to_{place}"]) for place in ("device", "host")),
+            faults=results[0].paging["faults"],
+        ),
         "",
     ]
     for i, (question, truth) in enumerate(asked):

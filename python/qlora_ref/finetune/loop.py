@@ -98,8 +98,16 @@ class Trainer:
         c = self.config
         self.plan = Plan(self.data, self.train_ids, c)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        pool = c.pool_mib << 20
         self.optimizer = PagedAdamW(
-            self.trainable, lr=c.lr, betas=(0.9, c.beta2), weight_decay=c.weight_decay, bits=c.optimizer_bits
+            self.trainable,
+            lr=c.lr,
+            betas=(0.9, c.beta2),
+            weight_decay=c.weight_decay,
+            bits=c.optimizer_bits,
+            paging=c.paging,
+            page_bytes=min(2 << 20, 1 << (pool // 8).bit_length() - 1),  # at least eight pages in a small pool
+            pool_bytes=pool,
         )
         half = next(p.dtype for p in self.model.parameters() if p.is_floating_point() and not p.requires_grad)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half is torch.float16)

@@ -114,6 +114,11 @@ def memory_settings(config: TrainConfig) -> Any:
     )
 
 
+def paged(config: TrainConfig) -> str:
+    """Where Adam's moments live, if that was asked for."""
+    return "" if config.paging == "auto" else f", moments paged ({config.paging}, pool of {config.pool_mib} MiB)"
+
+
 def startup(config: TrainConfig, trainer: Trainer, dtype: torch.dtype, notes: list[str]) -> str:
     """What is about to run: versions, device, dtypes, true parameter counts, data, steps."""
     total, trainable = count_parameters(trainer.model)
@@ -136,7 +141,7 @@ def startup(config: TrainConfig, trainer: Trainer, dtype: torch.dtype, notes: li
         ("held out", f"{min(len(trainer.eval_ids), config.max_eval_examples)} examples"),
         ("steps", f"{trainer.plan.total_steps} of {per_step} {'rows' if config.packing else 'examples'}"),
         ("memory", estimated(config)),
-        ("optimizer", f"paged AdamW {config.optimizer_bits}-bit, lr {config.lr:g} {config.schedule}"),
+        ("optimizer", f"paged AdamW {config.optimizer_bits}-bit, lr {config.lr:g} {config.schedule}{paged(config)}"),
     ]
     width = max(len(k) for k, _ in rows)
     return "\n".join([f"  {k:<{width}}  {v}" for k, v in rows] + [f"  note: {n}" for n in notes])
