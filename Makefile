@@ -1,7 +1,8 @@
 # Two commands do everything on a fresh machine:  make demo  and  make test.  The rest is comfort.
 #
 #   make demo    virtual environment, install, then fine-tune the embedded model with QLoRA (CPU or GPU)
-#   make test    virtual environment, build (C++, and CUDA where nvcc is), every test
+#   make test    virtual environment, build (C++, and CUDA where nvcc is), every test but the slow ones
+#   make slow    the slow ones: compilers, kills, large traces
 #   make lint    ruff, clang-format, mypy
 #   make docs    regenerate the figures and tables of docs/
 #   make bench   benchmark of the kernels on this machine
@@ -18,10 +19,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # the demo compiles CUDA kernels only where a GPU is there to run them; `make test` compiles them wherever nvcc is
 NVCC := $(shell command -v nvcc 2>/dev/null || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
 PRESET ?= $(if $(NVCC),cuda,cpu)
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -m "not slow"
 SOURCES := $(wildcard src/cpp/* src/cuda/*) CMakeLists.txt CMakePresets.json
 
-.PHONY: demo test build lint format docs bench gpu clean
+.PHONY: demo test slow build lint format docs bench gpu clean
 
 $(VENV)/.core: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +51,9 @@ build: $(VENV)/.core
 
 test: $(VENV)/.test build
 	QLORA_REQUIRE=cpu $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+slow: $(VENV)/.test build
+	QLORA_REQUIRE=cpu $(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check python tests tools docs
