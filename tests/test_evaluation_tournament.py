@@ -295,7 +295,7 @@ def test_csv_import_maps_columns_and_words(tmp_path, capsys):
 
 def test_command_line_elo(data_dir, capsys):
     path = str(data_dir / "evaluation" / "pairwise_vicuna_gpt4.jsonl.gz")
-    assert cli.main(["elo", path, "--preset", "paper-vicuna", "--orderings", "2000", "--format", "json"]) == 0
+    assert cli.main(["elo", path, "--preset", "paper-vicuna", "--orderings", "500", "--format", "json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["settings"]["k"] == 4 and result["settings"]["matches"] == 4467
     assert len(result["tables"]["paper Table 1"]) == 8

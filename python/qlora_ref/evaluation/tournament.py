@@ -69,7 +69,7 @@ class Ratings:
         """
         if self.kind == "judge":
             return self.votes
-        return [Vote(*key, majority_label(labels) or TIE) for key, labels in self.annotations.items()]
+        return [Vote(a, b, item, majority_label(labels) or TIE) for (a, b, item), labels in self.annotations.items()]
 
 
 def read_ratings(
