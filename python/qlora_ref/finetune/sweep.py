@@ -173,15 +173,14 @@ def run_study(study: Study, output: Path, jobs: int, note: Any = print) -> int:
         nonlocal failed
         store(database, row)
         failed += row["status"] == "failed"
+        if row["status"] == "stopped":
+            raise KeyboardInterrupt  # it left a checkpoint
         result = row.get("error") or f"held-out loss {row['loss_before']:.4f} -> {row['loss_after']:.4f}"
         note(f"  {row['arm']} {row['replicate']}: {result} ({row['seconds']:.0f} s)")
 
     if jobs == 1:
         for planned in waiting:
-            row = execute(planned, output, study.permute)
-            collect(row)
-            if row["status"] == "stopped":
-                raise KeyboardInterrupt
+            collect(execute(planned, output, study.permute))
         return failed
     context = get_context("spawn")
     devices = _gpu_queue(context, jobs)
