@@ -1,4 +1,4 @@
-"""qlora_ref.compat.bitsandbytes beside the real one: same names, same shapes, same bytes, and code that runs unchanged."""
+"""qlora_ref.compat.bitsandbytes beside the real one: same names, shapes and bytes, and code that runs unchanged."""
 
 import copy
 import inspect
@@ -60,7 +60,7 @@ def test_signatures_of_classes():
         assert all(mine[k] == v for k, v in peer.items() if k not in ("self", "is_paged"))
 
 
-# --- quantize and dequantize -----------------------------------------------------------------------------------------
+# --- quantize and dequantize --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -127,7 +127,7 @@ def test_shapes_of_odd_rows_and_single_bytes():
     assert F.dequantize_4bit(packed.t(), state).shape == (64, 8)
 
 
-# --- 8 bits and the maps ---------------------------------------------------------------------------------------------
+# --- 8 bits and the maps ------------------------------------------------------------------------------------
 
 
 def test_maps():
@@ -174,7 +174,7 @@ def test_few_bit_maps(bits):
         assert (error <= nearest + 2.0**-22 * scale).all()  # reciprocal, product, subtraction: ulps of the scale
 
 
-# --- QuantState ------------------------------------------------------------------------------------------------------
+# --- QuantState ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("quant_type", "nested"), KINDS)
@@ -192,7 +192,9 @@ def test_as_dict_is_theirs_key_for_key(quant_type, nested):
             assert same or key in ("absmax", "nested_absmax")
     again = F.QuantState.from_dict({f"model.weight.{k}": v for k, v in a.as_dict(True).items()}, "cpu")
     assert again == a and again != F.QuantState(a.absmax) and a[3] == 64 and (a[4] is None) != nested
-    assert torch.equal(getattr(a, f"bitsandbytes__{quant_type}"), a.as_dict(True)[f"quant_state.bitsandbytes__{quant_type}"])
+    assert torch.equal(
+        getattr(a, f"bitsandbytes__{quant_type}"), a.as_dict(True)[f"quant_state.bitsandbytes__{quant_type}"]
+    )
 
 
 def test_from_dict_refuses_and_leaves_the_dict_alone():
@@ -209,7 +211,7 @@ def test_from_dict_refuses_and_leaves_the_dict_alone():
         F.QuantState.from_dict({**packed, "weight.stray": state.absmax}, "cpu")
 
 
-# --- products --------------------------------------------------------------------------------------------------------
+# --- products -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("quant_type", "nested"), KINDS)
@@ -252,7 +254,7 @@ def test_identity_reads_the_weight_exactly():
     assert torch.equal(F.gemv_4bit(torch.eye(128), packed, state=state).t(), F.dequantize_4bit(packed, state))
 
 
-# --- modules ---------------------------------------------------------------------------------------------------------
+# --- modules ------------------------------------------------------------------------------------------------
 
 
 def linear4bit(package, linear, **kwargs):
@@ -382,7 +384,7 @@ def test_parametrized_experts():
         replace(experts, "plain")
 
 
-# --- optimizers ------------------------------------------------------------------------------------------------------
+# --- optimizers ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ours.optim.__all__)
@@ -421,7 +423,7 @@ def test_optimizer_refusals():
     assert ours.optim.AdamW(p, optim_bits=8).layout.bits == 8
 
 
-# --- unmodified programs ---------------------------------------------------------------------------------------------
+# --- unmodified programs ------------------------------------------------------------------------------------
 
 
 def run(code, *arguments):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hf_models import IDS, gpt2, llama, saved
+from hf_models import IDS, gpt2, llama, one_thread, saved  # noqa: F401
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -165,7 +165,7 @@ def test_json_is_theirs_character_for_character():
     assert mine.to_json() == bytes(packed.tolist()).decode() and BnbState.from_json(mine.to_json()) == mine
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------------------
 
 
 def test_what_their_format_cannot_hold_is_refused_before_writing(path, tmp_path):

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import llama, saved
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from hf_models import llama, saved
+
 pytest.importorskip("peft", reason="peft is not installed (pip install 'qlora_ref[hf]')")
-from qlora_ref import hf  # noqa: E402
-from qlora_ref.hf import versions  # noqa: E402
+from qlora_ref import hf
+from qlora_ref.hf import versions
 
 pytestmark = pytest.mark.hf
 HERE = Path(__file__).resolve().parent

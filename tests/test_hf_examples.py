@@ -11,10 +11,10 @@ import torch
 
 pytest.importorskip("peft", reason="peft is not installed (pip install 'qlora_ref[hf]')")
 pytest.importorskip("accelerate", reason="accelerate is not installed (pip install 'qlora_ref[hf]')")
-from hf_models import IDS  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM
 
-from qlora_ref.hf import versions  # noqa: E402
+from hf_models import IDS
+from qlora_ref.hf import versions
 
 pytestmark = [pytest.mark.hf, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parent.parent

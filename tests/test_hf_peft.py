@@ -1,12 +1,14 @@
 """PEFT on our layers: the fused branch, DoRA, LoftQ and PiSSA, merging, adapter folders, counts."""
 
+# ruff: noqa: E402  (skip before importing what is missing)
+
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from hf_models import IDS, gpt2, llama, saved
+from hf_models import IDS, gpt2, llama, one_thread, saved  # noqa: F401
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'qlora_ref[hf]')")
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
@@ -107,7 +109,7 @@ def test_dora_starts_at_the_base_and_trains(path):
     assert sum("magnitude" in n for n in grads) == 14 and all(g.abs().max() > 0 for g in grads.values())
 
 
-# --- LoftQ and PiSSA ---------------------------------------------------------------------------------------------------
+# --- LoftQ and PiSSA ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("method", "iterations"), [("loftq", 1), ("loftq", 5), ("pissa", 1)])
@@ -129,7 +131,9 @@ def test_loftq_is_the_best_rank_r_correction(path):
         W = original.get_submodule(name).weight.detach()
         layer = model.base_model.model.get_submodule(name)
         s = torch.linalg.svdvals((W - layer.base_layer.dequantize()).double())
-        assert abs(error - float((s[RANK:].square().sum() / s.square().sum()).sqrt())) < 64 * 2.0**-23  # float32 svd of 64 values
+        assert (
+            abs(error - float((s[RANK:].square().sum() / s.square().sum()).sqrt())) < 64 * 2.0**-23
+        )  # float32 svd of 64 values
 
 
 def test_init_refuses(path):
@@ -144,7 +148,7 @@ def test_init_refuses(path):
         attached(path, init_lora_weights="pissa")
 
 
-# --- merging -----------------------------------------------------------------------------------------------------------
+# --- merging ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"use_rslora": True}, {"use_dora": True}])
@@ -203,7 +207,7 @@ def test_merge_refuses(path):
     assert len(lora_layers(model)) == 14
 
 
-# --- adapter folders ---------------------------------------------------------------------------------------------------
+# --- adapter folders ----------------------------------------------------------------------------------------
 
 
 def test_adapter_folder_is_what_others_read(path, tmp_path):
@@ -264,7 +268,7 @@ def test_a_real_gpt2_adapter_of_stock_peft_loads(tmp_path, data_dir):
     assert torch.equal(ours.get_delta_weight("default"), theirs.get_delta_weight("default").T)
 
 
-# --- preparing, counting -----------------------------------------------------------------------------------------------
+# --- preparing, counting ------------------------------------------------------------------------------------
 
 
 def test_prepare_model_freezes_and_upcasts_nothing(path):

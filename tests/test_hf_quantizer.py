@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from hf_models import IDS, gpt2, llama, mixtral, saved, t5
+from hf_models import IDS, gpt2, llama, mixtral, one_thread, saved, t5  # noqa: F401
 from qlora_ref.hf import QLoraConfig, QLoraQuantizer
 from qlora_ref.nn import Linear4bit
 from qlora_ref.quantized import QuantConfig, QuantizedTensor
@@ -214,12 +214,12 @@ def test_truncated_file(path, tmp_path):
 
 def test_automatic_device_map_in_a_multi_process_run(path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r'LOCAL_RANK'):
+    with pytest.raises(ValueError, match=r"LOCAL_RANK"):
         load(path, QLoraConfig(), device_map="auto")
 
 
 def test_sharding_at_load_that_would_change_the_weights():
-    with pytest.raises(ValueError, match="mean of a whole tensor"):
+    with pytest.raises(ValueError, match="mean of a whole tensor|transformers >= 5.23"):
         QLoraQuantizer(QLoraConfig(), pre_quantized=False)._check_sharding(SimpleNamespace(fsdp_size=2))
     with pytest.raises(ValueError, match="tensor parallelism"):
         QLoraQuantizer(QLoraConfig())._check_sharding(SimpleNamespace(tp_size=2))

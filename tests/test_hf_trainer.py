@@ -1,10 +1,12 @@
 """Trainer and TRL: exact resume, the chunked loss, packing, checkpointing, evaluation."""
 
+# ruff: noqa: E402  (skip before importing what is missing)
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_models import IDS, llama, saved, t5, tokenizer
+from hf_models import IDS, llama, one_thread, saved, t5, tokenizer  # noqa: F401
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'qlora_ref[hf]')")
 pytest.importorskip("accelerate", reason="accelerate is not installed (pip install 'qlora_ref[hf]')")
@@ -41,8 +43,10 @@ def rows(n=12, length=16):
 
 def arguments(folder, **kwargs):
     defaults = dict(
-        output_dir=str(folder), max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2, use_cpu=True,
-        learning_rate=1e-2, save_strategy="steps", save_steps=2, logging_steps=1, seed=3, report_to=[], disable_tqdm=True,
+        output_dir=str(folder), max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        use_cpu=True,
+        learning_rate=1e-2, save_strategy="steps", save_steps=2, logging_steps=1, seed=3, report_to=[],
+        disable_tqdm=True,
         lr_scheduler_type="cosine", max_grad_norm=0.3,
     )  # fmt: skip
     return TrainingArguments(**(defaults | kwargs))
@@ -68,7 +72,11 @@ def test_resume_is_bitwise_equal_to_an_uninterrupted_run(path, tmp_path, bits):
     assert isinstance(trainer.optimizer.optimizer, PagedAdamW)  # under accelerate's wrapper
 
     first = hf.QLoraTrainer(
-        attached(path), arguments(tmp_path / "parts"), train_dataset=rows(), optimizer_bits=bits, callbacks=[StopAfter(2)]
+        attached(path),
+        arguments(tmp_path / "parts"),
+        train_dataset=rows(),
+        optimizer_bits=bits,
+        callbacks=[StopAfter(2)],
     )
     first.train()
     resumed = attached(path, seed=77)  # other start values: everything must come from the checkpoint
@@ -183,9 +191,7 @@ def test_nothing_to_train(path, tmp_path):
 
 def test_stock_trainer_takes_the_paged_optimizer(path, tmp_path):
     args = arguments(tmp_path, max_steps=1, save_strategy="no")
-    trainer = Trainer(
-        attached(path), args, train_dataset=rows(), optimizer_cls_and_kwargs=hf.paged_adamw(args, bits=8)
-    )
+    trainer = Trainer(attached(path), args, train_dataset=rows(), optimizer_cls_and_kwargs=hf.paged_adamw(args, bits=8))
     trainer.train()
     assert isinstance(trainer.optimizer.optimizer, PagedAdamW) and trainer.optimizer.optimizer.layout.bits == 8
 

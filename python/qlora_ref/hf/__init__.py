@@ -6,6 +6,8 @@
 Loading a checkpoint that was saved with it needs the same import first: transformers discovers no plug-ins by itself.
 """
 
+# ruff: noqa: E402  (a missing package is one sentence, raised before anything is imported from it)
+
 from .versions import require
 
 require("transformers", "qlora_ref.hf")

@@ -7,6 +7,9 @@ Both need the original W, one layer at a time. One LoftQ iteration leaves the 4-
 loaded on it anywhere; PiSSA and further iterations change the base, which must then be saved with the adapter.
 """
 
+# mypy: disable-error-code="operator,arg-type,call-arg,assignment,union-attr"
+# (to mypy every attribute of an nn.Module is "Tensor | Module", and the bases of our subclasses are loosely typed)
+
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,7 +23,7 @@ METHODS = ("loftq", "pissa")
 
 
 def rank_part(matrix: torch.Tensor, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """lora_A (rank, in), lora_B (out, rank) with scaling * B A = the best rank-r approximation, sqrt(S) on each side."""
+    """lora_A (rank, in), lora_B (out, rank) with scaling * B A = the best rank-r approximation; sqrt(S) on each."""
     u, s, vh = torch.linalg.svd(matrix.float(), full_matrices=False)
     root = (s[:rank] / scaling).sqrt()
     return root[:, None] * vh[:rank], u[:, :rank] * root
@@ -107,4 +110,3 @@ class _Folder(Mapping):
 
     def __len__(self) -> int:
         return len(self.file_of)
-

@@ -2,11 +2,15 @@
 
 One layer of theirs is `weight` (n/2, 1) uint8, or the same bytes seen as a float type, plus
 
-    weight.absmax  weight.quant_map  [weight.nested_absmax  weight.nested_quant_map]  weight.quant_state.bitsandbytes__nf4
+    weight.absmax, weight.quant_map, [weight.nested_absmax, weight.nested_quant_map,]
+    weight.quant_state.bitsandbytes__nf4
 
 where the last is a small JSON as bytes. Bytes of codes and absmax mean the same as ours (high nibble first, flattened
 blocks, two roundings for a nested absmax), so reading and writing move no number: only names and shapes change.
 """
+
+# mypy: disable-error-code="override,assignment,union-attr,operator"
+# (to mypy every attribute of an nn.Module is "Tensor | Module", and the bases of our subclasses are loosely typed)
 
 import json
 import logging
@@ -30,14 +34,14 @@ logger = logging.getLogger(__name__)
 OURS_OF = {"nf4": "nf4", "fp4": "fp4_bnb"}  # their name -> ours: their FP4 is not E2M1
 THEIRS_OF = {ours: theirs for theirs, ours in OURS_OF.items()}
 _STATE = "weight.quant_state.bitsandbytes__"
-SERIALIZED = [
-    "weight",
+SERIALIZED = [  # "weight" last: loaders before 5.23 take the first that matches
     "weight.nested_absmax",
     "weight.nested_quant_map",
     "weight.quant_map",
     "weight.absmax",
     f"{_STATE}nf4",
     f"{_STATE}fp4",
+    "weight",
 ]
 
 
@@ -266,7 +270,9 @@ def to_bnb_config(model: nn.Module) -> dict[str, Any]:
     skip = [n for n, m in model.named_modules() if is_convertible(m)]
     hidden = [n for n in layers if not should_convert_module(n, skip)]
     if hidden:
-        raise ValueError(f"the skip list {skip} also matches the 4-bit layer {hidden[0]}; bitsandbytes would not load it")
+        raise ValueError(
+            f"the skip list {skip} also matches the 4-bit layer {hidden[0]}; bitsandbytes would not load it"
+        )
     first = next(iter(layers.values()))
     compute_dtype = str(first.compute_dtype or first.weight_dtype).removeprefix("torch.")
     return {

@@ -1,7 +1,7 @@
 """Look at a checkpoint before loading it: names and shapes from the safetensors headers, no tensor read.
 
-transformers reports a tensor it could not place as a warning and leaves that layer with whatever memory held. For packed
-bytes this would be silent nonsense, so a disagreement between config.json and the files is refused here, before any work.
+transformers reports a tensor it could not place as a warning and leaves that layer with whatever memory held. For
+packed bytes this would be silent nonsense, so a disagreement between config.json and the files is refused here.
 """
 
 import json
@@ -43,7 +43,7 @@ def _find(tensors: dict, name: str, prefix: str):
 def check_against_files(model: nn.Module, files: list[str] | None, double_quant: bool) -> None:
     """Raise ValueError if a 4-bit checkpoint cannot be what config.json says. Called on the meta skeleton."""
     tensors = read_headers(files)
-    if not tensors:
+    if not files or not tensors:
         return
     where = Path(files[0]).parent
     kinds = {name.rpartition(".")[2] for name in tensors} & set(STATISTICS)
@@ -64,8 +64,9 @@ def check_against_files(model: nn.Module, files: list[str] | None, double_quant:
         for own_name, p in module.named_parameters(recurse=False):
             entry = _find(tensors, f"{name}.{own_name}", prefix)
             if entry is not None and own_name != "bias" and (entry[0], entry[1]) != ("U8", tuple(p.shape)):
+                kind = f"{module.config.quant_type}, block_size={module.config.block_size}"
                 raise ValueError(
-                    f"{where}: {name}.{own_name} is {entry[0]} {list(entry[1])} in the files, and U8 {list(p.shape)} by "
-                    f"config.json ({module.config.quant_type}, block_size={module.config.block_size}); the quantization_"
-                    "config is not the one the weights were saved with: restore config.json, or save the checkpoint again"
+                    f"{where}: {name}.{own_name} is {entry[0]} {list(entry[1])} in the files, and U8 {list(p.shape)} "
+                    f"by config.json ({kind}); the quantization_config is not the one the weights were saved with: "
+                    "restore config.json, or save the checkpoint again"
                 )

@@ -4,6 +4,9 @@ Every parameter of a 4-bit layer is an ordinary frozen uint8 Parameter whose dim
 `fully_shard` cuts it like any other: a rank keeps 1/world of the packed bytes and gathers one layer at a time.
 """
 
+# mypy: disable-error-code="misc,operator"
+# (to mypy every attribute of an nn.Module is "Tensor | Module", and the bases of our subclasses are loosely typed)
+
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +27,7 @@ def rank_device_map() -> dict[str, Any]:
 
 
 def _layers_to_shard(model: nn.Module, names: Sequence[str] | None) -> list[nn.Module]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     wanted = set(names or getattr(base, "_no_split_modules", None) or ())
     found = [m for m in model.modules() if type(m).__name__ in wanted]
     if not found:
@@ -60,7 +63,7 @@ def shard(
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Trainable parameters only, gathered to full CPU tensors on rank 0 (other ranks get {}). Every rank must call it."""
+    """Trainable parameters only, full CPU tensors on rank 0 ({} on the others). Every rank must call it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -91,4 +94,3 @@ def local_bytes(model: nn.Module) -> dict[str, int]:
         local = p.to_local() if hasattr(p, "to_local") else p
         counts["packed" if p.dtype == torch.uint8 else "other"] += local.nbytes
     return counts
-

@@ -1,5 +1,8 @@
 """PEFT's LoRA on our 4-bit layers: one fused call instead of four, DoRA that dequantizes, merging that is refused."""
 
+# mypy: disable-error-code="operator,arg-type,assignment,override"
+# (to mypy every attribute of an nn.Module is "Tensor | Module", and the bases of our subclasses are loosely typed)
+
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +17,9 @@ from ..nn import Linear4bit
 from ..quantized import QuantizedTensor
 
 REFUSAL = (
-    "merging an adapter into 4-bit weights loses it: every weight sits on one of 16 levels and a small delta rounds away "
-    "(with |delta|/|W| = 1 % only 1.6 % of it survives NF4). Use qlora_ref.hf.merge(model), which gives a 16-bit model, "
-    "or allow_merge_into_4bit(model) to have it all the same"
+    "merging an adapter into 4-bit weights loses it: every weight sits on one of 16 levels and a small delta rounds "
+    "away (with |delta|/|W| = 1 % only 1.6 % of it survives NF4). Use qlora_ref.hf.merge(model), which gives a 16-bit "
+    "model, or allow_merge_into_4bit(model) to have it all the same"
 )
 
 
@@ -60,8 +63,9 @@ class Lora4bit(PeftLinear):
     def __init__(self, base_layer, adapter_name: str, *, config, **kwargs):
         if config.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva"):
             raise ValueError(
-                f'init_lora_weights="{config.init_lora_weights}" needs the original weights, which a 4-bit model no longer '
-                "has; build the adapter with the default and call qlora_ref.hf.init_adapter(model, method, original)"
+                f'init_lora_weights="{config.init_lora_weights}" needs the original weights, which a 4-bit model '
+                "does not have; build the adapter with the default and call "
+                "qlora_ref.hf.init_adapter(model, method, original)"
             )
         config.fan_in_fan_out = False  # GPT-2's Conv1D became an (out, in) layer when it was quantized
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
@@ -106,13 +110,15 @@ class Lora4bit(PeftLinear):
                 factor = (self.lora_magnitude_vector[name].weight.float() / norm)[:, None]
                 total = factor * (total + delta)
             elif name in self.lora_variant:
-                raise ValueError(f"cannot merge the {type(self.lora_variant[name]).__name__} of PEFT; use plain LoRA or DoRA")
+                raise ValueError(
+                    f"cannot merge the {type(self.lora_variant[name]).__name__} of PEFT; use plain LoRA or DoRA"
+                )
             else:
                 total = total + delta
         return total
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused unless `allow_merge_into_4bit`. Then: dequantize, add, quantize again; `unmerge` restores the bytes."""
+        """Refused unless `allow_merge_into_4bit`. Then: dequantize, add, quantize; `unmerge` restores the bytes."""
         if not self.allow_merge:
             raise ValueError(REFUSAL)
         names = check_adapters_to_merge(self, adapter_names)

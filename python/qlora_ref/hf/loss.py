@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 IGNORE = -100
 
 
-def _causal_lm(model: nn.Module) -> nn.Module:
+def _causal_lm(model: nn.Module) -> Any:
     """The transformers model inside DDP, PEFT and others."""
-    model = getattr(model, "module", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = getattr(model, "module", model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def chunked_cross_entropy(

@@ -1,5 +1,8 @@
 """Adapter + base -> an ordinary 16-bit model that needs neither PEFT nor us."""
 
+# mypy: disable-error-code="operator,arg-type"
+# (to mypy every attribute of an nn.Module is "Tensor | Module", and the bases of our subclasses are loosely typed)
+
 import logging
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,5 +1,10 @@
 """The PEFT side: configs that dispatch to `Lora4bit`, preparing a model, true counts, adapters that others can read."""
 
+# mypy: disable-error-code="operator,union-attr"
+# (to mypy every attribute of an nn.Module is "Tensor | Module", and the bases of our subclasses are loosely typed)
+
+# ruff: noqa: E402  (a missing package is one sentence, raised before anything is imported from it)
+
 import hashlib
 import json
 from pathlib import Path
@@ -13,7 +18,7 @@ from .versions import require
 
 require("peft", "qlora_ref.hf.peft")
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 from .lora import Lora4bit
 
@@ -130,14 +135,16 @@ def load_adapter(model: nn.Module, directory: str, is_trainable: bool = False, *
 
     Raises ValueError, before the model is touched, if its shapes or its recorded base are not this model's.
     """
-    config = LoraConfig.from_pretrained(directory)
+    config = PeftConfig.from_pretrained(directory)
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{directory} is a {config.peft_type} adapter; on 4-bit layers only LoRA (with DoRA) is built")
     _check_shapes(model, Path(directory))
     side = Path(directory) / SIDE_FILE
     if side.exists() and json.loads(side.read_text())["base_fingerprint"] != base_fingerprint(model):
         raise ValueError(
             f"{directory} was trained on another base than this one ({SIDE_FILE} records its absmax); load the base it "
-            f"names ({config.base_model_name_or_path}) with the same QLoraConfig and dtype, or delete {SIDE_FILE} to go "
-            "on regardless"
+            f"names ({config.base_model_name_or_path}) with the same QLoraConfig and dtype, or delete {SIDE_FILE} to "
+            "go on regardless"
         )
     return PeftModel.from_pretrained(model, directory, config=dispatching(config), is_trainable=is_trainable, **kwargs)
 
@@ -157,6 +164,6 @@ def _check_shapes(model: nn.Module, folder: Path) -> None:
         if layer is None or (wanted is not None and shape[1 if side == "lora_A" else 0] != wanted):
             found = "no such layer" if layer is None else f"{tuple(layer.weight.shape)} stored, {wanted} needed"
             raise ValueError(
-                f"{folder} is an adapter for another base: its {key} has shape {list(shape)}, the model has {found}; load "
-                "the base that adapter_config.json names"
+                f"{folder} is an adapter for another base: its {key} has shape {list(shape)}, the model has {found}; "
+                "load the base that adapter_config.json names"
             )

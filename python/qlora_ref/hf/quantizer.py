@@ -5,10 +5,14 @@ tensor, each already on its device; `QuantizeOp` turns the ones of ours into pac
 uint8 tensors with the names of the module's parameters, so loading it again needs nothing special.
 """
 
+# mypy: disable-error-code="override,assignment,return-value"
+# (to mypy every attribute of an nn.Module is "Tensor | Module", and the bases of our subclasses are loosely typed)
+
 import os
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantizer
@@ -20,6 +24,7 @@ from . import bnb_format
 from .checkpoint import check_against_files
 from .config import QUANT_METHOD, QLoraConfig, dtype_from_name
 from .replace import replace_linears, restore_linears, warn_fused_experts
+from .versions import at_least
 
 _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -74,7 +79,8 @@ class QLoraQuantizer(HfQuantizer):
             names = self._replace_as_in_bnb_files(model, checkpoint_files, dtype)
         else:
             names = replace_linears(
-                *(model, config.quant_config(), self._skipped(model), config.torch_compute_dtype(), dtype)
+                *(model, config.quant_config(), self._skipped(model), config.torch_compute_dtype(), dtype),
+                keep_float=self._keeps_float(),
             )
         if not names:
             raise ValueError(
@@ -92,12 +98,25 @@ class QLoraQuantizer(HfQuantizer):
                 "DistributedConfig(fsdp_size=...) or one device per model"
             )
         sharded = (getattr(distributed, "fsdp_size", None) or 1) > 1
+        if sharded and self._keeps_float():
+            raise ValueError(
+                "quantizing while sharding needs transformers >= 5.23: pip install -U 'transformers>=5.23', or "
+                "quantize once in one process and load the saved model with distributed_config"
+            )
         if sharded and not self.pre_quantized and self.quantization_config.double_quant:
             raise ValueError(
                 "double quantization subtracts the mean of a whole tensor, and each rank would see only its rows; "
                 "quantize once in one process (model.save_pretrained, then load that with distributed_config), or pass "
                 "QLoraConfig(double_quant=False)"
             )
+
+    def _keeps_float(self) -> bool:
+        return not self.pre_quantized and not at_least(transformers.__version__, "5.23.0")
+
+    @property
+    def quantized_element_size(self) -> float | None:
+        """Bytes an element of the *placeholder* will need, for device_map="auto"; a uint8 one already has its size."""
+        return 0.5 if self._keeps_float() else None
 
     def _skipped(self, model) -> list[str]:
         """Names to leave alone: the user's or transformers' default, plus what must stay float in any case."""
@@ -131,7 +150,7 @@ class QLoraQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[WeightConverter]:
         if not self._reads_bnb():
             return []
-        return [WeightConverter(bnb_format.SERIALIZED, "weight", [bnb_format.ReadOp(self)])]
+        return [WeightConverter(bnb_format.SERIALIZED, "weight", operations=[bnb_format.ReadOp(self)])]
 
     # --- after loading -------------------------------------------------------------------------------------------
 

@@ -1,5 +1,8 @@
 """Rebuild a model's skeleton (on the meta device) with 4-bit layers, and back."""
 
+# mypy: disable-error-code="operator,arg-type,assignment,index,return-value"
+# (to mypy every attribute of an nn.Module is "Tensor | Module", and the bases of our subclasses are loosely typed)
+
 import logging
 from collections.abc import Iterable, Iterator
 
@@ -33,11 +36,13 @@ def replace_linears(
     dtype: torch.dtype,
     only: Iterable[str] | None = None,
     config_of: dict[str, QuantConfig] | None = None,
+    keep_float: bool = False,
 ) -> list[str]:
     """Put an empty `Linear4bit` (meta) where a linear layer is; returns the names.
 
     A layer made from Conv1D gets `.from_conv1d = True`: its checkpoint weight is to be transposed.
-    `only`: exactly these names instead of everything outside `skip`; `config_of`: per-layer deviations.
+    `only`: exactly these names instead of everything outside `skip`; `config_of`: per-layer deviations. `keep_float`:
+    leave the float weight in place until it is quantized (older loaders cast what they read to the dtype found there).
     """
     wanted = None if only is None else set(only)
     names = [
@@ -52,6 +57,8 @@ def replace_linears(
         new = Linear4bit(in_features, out_features, old.bias is not None, layer_config, compute_dtype, "meta", dtype)
         new.from_conv1d = type(old) is Conv1D
         new._is_hf_initialized = True  # transformers must never "initialize" packed bytes
+        if keep_float:
+            new.weight = nn.Parameter(old.weight.to(dtype), requires_grad=False)
         new.requires_grad_(False)
         model.set_submodule(name, new)
     return names

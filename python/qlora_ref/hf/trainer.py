@@ -1,5 +1,7 @@
 """transformers' Trainer with the paged optimizer and the chunked loss. Everything else is Trainer's."""
 
+# ruff: noqa: E402  (a missing package is one sentence, raised before anything is imported from it)
+
 from typing import Any
 
 import torch

@@ -1,14 +1,13 @@
-"""Which versions of other people's packages the border was verified with, and the sentence when one is missing or old."""
+"""Which versions of other people's packages we were verified with, and the sentence when one is missing or old."""
 
 from importlib import metadata
 
 # package -> (lowest version that our tests were run with, extra of ours that installs it)
 MINIMUM = {
     "transformers": ("5.0.0", "hf"),
-    "peft": ("0.18.0", "hf"),
+    "peft": ("0.20.0", "hf"),
     "accelerate": ("1.10.0", "hf"),
     "safetensors": ("0.5.0", "hf"),
-    "trl": ("1.0.0", None),
 }
 FSDP2_TORCH = "2.12.0"  # before it, fully_shard gave uint8 shards requires_grad=True and raised (pytorch#177844)
 
@@ -29,14 +28,15 @@ def at_least(installed: str, minimum: str) -> bool:
 def require(package: str, purpose: str) -> None:
     """Raise ImportError, with the command that mends it, unless `package` is installed and new enough."""
     minimum, extra = MINIMUM[package]
-    install = f"pip install 'qlora_ref[{extra}]'" if extra else f"pip install '{package}>={minimum}'"
+    install = f"pip install 'qlora_ref[{extra}]'"
     try:
         installed = metadata.version(package)
     except metadata.PackageNotFoundError:
         raise ImportError(f"{purpose} needs the package {package}, which is not installed: {install}") from None
     if not at_least(installed, minimum):
         raise ImportError(
-            f"{purpose} needs {package} >= {minimum}, and {installed} is installed: pip install -U '{package}>={minimum}'"
+            f"{purpose} needs {package} >= {minimum}, and {installed} is installed: "
+            f"pip install -U '{package}>={minimum}'"
         )
 
 
@@ -46,6 +46,6 @@ def require_fsdp2() -> None:
 
     if not at_least(torch.__version__, FSDP2_TORCH):
         raise RuntimeError(
-            f"FSDP2 over packed uint8 weights needs torch >= {FSDP2_TORCH} (pytorch#177844), and {torch.__version__} is "
-            f"installed: pip install -U 'torch>={FSDP2_TORCH}', or train with DDP, which any supported torch can do"
+            f"FSDP2 over packed uint8 weights needs torch >= {FSDP2_TORCH} (pytorch#177844), and {torch.__version__} "
+            f"is installed: pip install -U 'torch>={FSDP2_TORCH}', or train with DDP, which any supported torch can do"
         )

@@ -1,8 +1,8 @@
 """bitsandbytes' 4-bit names over our operations: `import qlora_ref.compat.bitsandbytes as bnb`.
 
-A thin border: names, signatures, shapes and serialized keys are theirs, every number is computed by `torch.ops.qlora_ref`.
-LLM.int8, the optimizers other than Adam and AdamW, and their `torch.ops.bitsandbytes` namespace are not here. What differs
-is one table in docs/12_huggingface.md.
+A thin border: names, signatures, shapes and serialized keys are theirs, every number is computed by
+`torch.ops.qlora_ref`. LLM.int8, the optimizers other than Adam and AdamW, and their `torch.ops.bitsandbytes` namespace
+are not here. What differs is one table in docs/12_huggingface.md.
 """
 
 import sys

@@ -6,15 +6,29 @@ from ... import quantized  # noqa: F401  (registers torch.ops.qlora_ref)
 from ...reference.blockwise import BLOCK_SIZES
 from ...reference.codebook import get_codebook
 from ...reference.double_quant import Map8, absmax_mean, dequantize_8bit, get_map8, quantize_8bit
-from .maps import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map  # noqa: F401
+from .maps import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map
 from .quant_state import QUANT_TYPES, QuantState
-from .utils import pack_dict_to_tensor, unpack_tensor_to_dict  # noqa: F401
+from .utils import pack_dict_to_tensor, unpack_tensor_to_dict
 
 __all__ = [
-    *("QuantState", "create_dynamic_map", "create_fp8_map", "create_linear_map", "create_normal_map", "gemv_4bit"),
-    *("dequantize_4bit", "dequantize_blockwise", "dequantize_fp4", "dequantize_nf4", "get_4bit_type"),
-    *("has_avx512bf16", "pack_dict_to_tensor", "quantize_4bit", "quantize_blockwise", "quantize_fp4"),
-    *("quantize_nf4", "unpack_tensor_to_dict"),
+    "QuantState",
+    "create_dynamic_map",
+    "create_fp8_map",
+    "create_linear_map",
+    "create_normal_map",
+    "dequantize_4bit",
+    "dequantize_blockwise",
+    "dequantize_fp4",
+    "dequantize_nf4",
+    "gemv_4bit",
+    "get_4bit_type",
+    "has_avx512bf16",
+    "pack_dict_to_tensor",
+    "quantize_4bit",
+    "quantize_blockwise",
+    "quantize_fp4",
+    "quantize_nf4",
+    "unpack_tensor_to_dict",
 ]
 _OURS = {"nf4": "nf4", "fp4": "fp4_bnb"}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)

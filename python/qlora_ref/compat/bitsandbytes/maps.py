@@ -1,4 +1,4 @@
-"""bitsandbytes' 8-bit maps as functions: 256 float32 values, ascending; fewer bits are padded with zeros in the middle."""
+"""bitsandbytes' 8-bit maps as functions: 256 float32 values, ascending; fewer bits are padded with zeros."""
 
 import itertools
 

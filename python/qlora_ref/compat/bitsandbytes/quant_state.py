@@ -122,4 +122,4 @@ class QuantState:
         tensors = torch.equal(self.absmax, other.absmax) and torch.equal(self.code, other.code)
         return tensors and (not self.nested or (bool(self.offset == other.offset) and self.state2 == other.state2))
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]

@@ -27,8 +27,8 @@ def matmul_4bit(
     rows, cols = quant_state.shape
     if A.shape[-1] == rows != cols:
         warnings.warn(
-            f"matmul_4bit: weight was quantized from a [K, N] tensor (quant_state.shape={[rows, cols]}). Re-quantize it "
-            "in [N, K] (out_features, in_features) orientation.",
+            f"matmul_4bit: weight was quantized from a [K, N] tensor (quant_state.shape={[rows, cols]}). "
+            "Re-quantize it in [N, K] (out_features, in_features) orientation.",
             DeprecationWarning,
             stacklevel=2,
         )

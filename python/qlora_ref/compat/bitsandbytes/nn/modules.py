@@ -1,5 +1,8 @@
 """bitsandbytes' 4-bit modules: float until `.to(device)`, packed afterwards."""
 
+# mypy: disable-error-code="return-value"
+# (to mypy every attribute of an nn.Module is "Tensor | Module", and the bases of our subclasses are loosely typed)
+
 import logging
 
 import torch

@@ -1,5 +1,8 @@
 """A 4-bit parameter of any shape behind torch's parametrization: reading it dequantizes. Meant for fused experts."""
 
+# mypy: disable-error-code="index"
+# (to mypy every attribute of an nn.Module is "Tensor | Module", and the bases of our subclasses are loosely typed)
+
 from functools import partial
 from typing import Any
 

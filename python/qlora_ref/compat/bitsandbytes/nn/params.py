@@ -1,5 +1,8 @@
 """Params4bit: a Parameter that quantizes itself when it is moved to a device."""
 
+# mypy: disable-error-code="assignment"
+# (to mypy every attribute of an nn.Module is "Tensor | Module", and the bases of our subclasses are loosely typed)
+
 from __future__ import annotations
 
 import copy
@@ -9,7 +12,15 @@ import torch
 
 from ..functional import QuantState, quantize_4bit
 
-_ATTRIBUTES = ("blocksize", "compress_statistics", "quant_type", "quant_state", "quant_storage", "bnb_quantized", "module")
+_ATTRIBUTES = (
+    "blocksize",
+    "compress_statistics",
+    "quant_type",
+    "quant_state",
+    "quant_storage",
+    "bnb_quantized",
+    "module",
+)
 _FORWARDED = {  # attribute of the parameter -> where it lives; FSDP resolves state_dict keys through them
     "absmax": lambda s: s.absmax,
     "code": lambda s: s.code,
@@ -26,6 +37,14 @@ _FORWARDED = {  # attribute of the parameter -> where it lives; FSDP resolves st
 
 class Params4bit(torch.nn.Parameter):
     """Float data until it meets a device; from then on packed codes, with `quant_state`."""
+
+    blocksize: int
+    compress_statistics: bool
+    quant_type: str
+    quant_storage: torch.dtype
+    quant_state: QuantState | None
+    module: Any
+    bnb_quantized: bool
 
     def __new__(
         cls,
@@ -60,7 +79,15 @@ class Params4bit(torch.nn.Parameter):
         """From packed data and the entries of a checkpoint (`QuantState.from_dict`)."""
         state = QuantState.from_dict(quantized_stats, device)
         self = cls(
-            data.to(device), requires_grad, state, state.blocksize, state.nested, state.quant_type, data.dtype, module, True
+            data.to(device),
+            requires_grad,
+            state,
+            state.blocksize,
+            state.nested,
+            state.quant_type,
+            data.dtype,
+            module,
+            True,
         )
         if module is not None:
             module.quant_state = state
@@ -83,10 +110,10 @@ class Params4bit(torch.nn.Parameter):
             self.module.quant_state = self.quant_state
         return self
 
-    def cpu(self) -> Params4bit:
+    def cpu(self) -> Params4bit:  # type: ignore[override]
         return self.to(device="cpu")
 
-    def cuda(self, device: Any = None, non_blocking: bool = False) -> Params4bit:
+    def cuda(self, device: Any = None, non_blocking: bool = False) -> Params4bit:  # type: ignore[override]
         return self.to(device="cuda" if device is None else device, non_blocking=non_blocking)
 
     def to(self, *args: Any, **kwargs: Any) -> Params4bit:

@@ -1,7 +1,7 @@
 """Adam and AdamW of bitsandbytes, computed by `qlora_ref.optim.PagedAdamW`.
 
-States have torch's names (`exp_avg`, `exp_avg_sq`), so checkpoints go to and from `torch.optim.AdamW`; with 8 bits small
-tensors are quantized too (`min_8bit_size` is accepted and has no effect).
+States have torch's names (`exp_avg`, `exp_avg_sq`), so checkpoints go to and from `torch.optim.AdamW`; with 8 bits
+small tensors are quantized too (`min_8bit_size` is accepted and has no effect).
 """
 
 from typing import Any
