@@ -11,6 +11,7 @@ output is one inner product, rounded once, exactly as in one big product.
 """
 
 import threading
+from collections.abc import Callable
 
 import torch
 
@@ -25,6 +26,7 @@ class CpuLinear:
     """Mixed into native.CpuBackend, in front of Backend. Arguments as in native.Backend."""
 
     _local = threading.local()
+    _can_fuse: Callable[..., bool]
 
     def linear_4bit_forward(self, x, *args):
         """y (..., out) = x (..., in) W'^T + bias, in the dtype of x."""

@@ -178,6 +178,8 @@ class Backend:
         device, n = self._check_device(packed.device), rows * cols
         n_blocks = -(-n // block_size)
         packed = _check("packed", packed, torch.uint8, (n + 1) // 2, device)
+        kept: tuple[Any, ...]
+        absmax_args: tuple[int, ...]
         if nested_absmax is None:
             absmax = _check("absmax", absmax, torch.float32, n_blocks, device)
             kept = (packed, absmax)
@@ -264,7 +266,7 @@ class Backend:
             weight = self.dequantize_4bit(*weight_args, (out_features, in_features), x.dtype)
             return torch.nn.functional.linear(x, weight, bias)
         x = _check("x", _check_float("x", x), x.dtype, x.numel(), packed.device)
-        weight, kept = self._weight(*weight_args, out_features, in_features)
+        args, kept = self._weight(*weight_args, out_features, in_features)
         if bias is not None:
             bias = _check("bias", bias, x.dtype, out_features, x.device)
         y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
@@ -273,7 +275,7 @@ class Backend:
         self._call(
             self._c.linear_4bit_forward,
             x.device,
-            *(x.data_ptr(), _DTYPE[x.dtype], tokens, *weight, bias_address, y.data_ptr()),
+            *(x.data_ptr(), _DTYPE[x.dtype], tokens, *args, bias_address, y.data_ptr()),
         )
         return y
 
@@ -364,7 +366,7 @@ class Backend:
         words: list[int] = []
         for row in zip(params, grads, *fields, steps, strict=True):
             n = row[0].numel()
-            states = ((torch.float32, n),) * 2
+            states: tuple[Any, ...] = ((torch.float32, n),) * 2
             if len(fields) == 4:
                 states = ((torch.uint8, n), (torch.float32, -(-n // 256))) * 2
             for tensor, (wanted, size) in zip(row, ((dtype, n), (dtype, n), *states, (torch.float32, 1)), strict=True):
@@ -462,7 +464,7 @@ def _load() -> tuple[Any, str]:
 
 
 def _why_no_cuda(module) -> str:
-    """"" if the CUDA kernels can be used."""
+    """ "" if the CUDA kernels can be used."""
     if not hasattr(module, "cuda"):
         build = "`cmake --preset cuda && cmake --build --preset cuda`"
         return f"_C was built without CUDA; put nvcc on PATH and build with {build}"

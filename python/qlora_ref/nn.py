@@ -6,6 +6,7 @@ leaves them alone, `state_dict` and FSDP2 treat them like any weight, and nothin
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,10 +51,7 @@ class Linear4bit(nn.Linear):
         self.config, self.compute_dtype, self.weight_dtype = config, compute_dtype, dtype
         empty = QuantizedTensor.quantize(torch.empty(out_features, in_features, device="meta", dtype=dtype), config)
         if device != "meta":  # all-zero weights, like an unloaded checkpoint
-            empty = QuantizedTensor(
-                *(None if t is None else torch.zeros_like(t, device=device or "cpu") for t in empty._tensors()),
-                *(config, empty.shape, dtype),
-            )
+            empty = empty.map(lambda t: torch.zeros_like(t, device=device or "cpu"))
         self._store(empty)
         self.register_parameter(
             "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
@@ -63,7 +61,7 @@ class Linear4bit(nn.Linear):
         rows, cols, block = self.out_features, self.in_features, self.config.block_size
         self.weight = _frozen(q.packed.view(rows, cols // 2) if cols % 2 == 0 else q.packed)
         per_row = (rows, -1) if rows and cols and cols % block == 0 else (-1,)
-        if q.nested_absmax is None:
+        if q.nested_absmax is None or q.absmax_mean is None:
             self.absmax = _frozen(_to_bytes(q.absmax, *per_row) if q.absmax.numel() else q.absmax.view(torch.uint8))
             return
         self.absmax_codes = _frozen(q.absmax.view(*per_row) if q.absmax.numel() else q.absmax)
@@ -93,7 +91,7 @@ class Linear4bit(nn.Linear):
             module.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
         return module
 
-    def _stored(self) -> tuple[torch.Tensor | None, ...]:
+    def _stored(self) -> tuple[Any, Any, Any, Any]:
         """packed, absmax or its codes, nested_absmax, absmax_mean: 1-D views of the Parameters."""
         packed = self.weight.reshape(-1)
         if not self.config.double_quant:
@@ -242,7 +240,8 @@ def quantize_model(
     _warn_unreached(model, skip)
     for name in names:
         try:
-            _replace(model, name, Linear4bit.from_linear(model.get_submodule(name), config, compute_dtype))
+            linear: Any = model.get_submodule(name)
+            _replace(model, name, Linear4bit.from_linear(linear, config, compute_dtype))
         except (ValueError, TypeError) as error:
             raise type(error)(f"{name}: {error}") from None
     return names
@@ -290,7 +289,7 @@ def attach_lora(
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
     for name in names:
-        base = model.get_submodule(name)
+        base: Any = model.get_submodule(name)
         _replace(model, name, LoRALinear(base, rank, alpha, dropout, rslora, dtype, generator))
     return names
 
@@ -300,8 +299,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     total = trainable = 0
     seen: set[int] = set()
     for module in model.modules():
-        packed = isinstance(module, Linear4bit)
-        if packed:
+        if packed := isinstance(module, Linear4bit):
             total += module.in_features * module.out_features
         for p in module.parameters(recurse=False):
             if id(p) in seen or (packed and p.dtype == torch.uint8):

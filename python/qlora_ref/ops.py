@@ -12,7 +12,9 @@ So nothing here or above asks "which backend?". A 4-bit weight travels as its te
 `custom_op` because it costs a third of the time per call.
 """
 
+from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 import torch
 from torch.nn.functional import linear
@@ -283,7 +285,13 @@ def _register_native(backend, key: str) -> None:
     def lora_linear_4bit_backward(dy, x, *args):
         return backend.lora_linear_4bit_backward(dy, x, *tables(args[:_WEIGHT_ARGS]), *args[_WEIGHT_ARGS:])
 
-    kernels = (quantize_4bit, dequantize_4bit, double_quantize, quantize_4bit_nested, double_dequantize)
+    kernels: tuple[Callable[..., Any], ...] = (
+        quantize_4bit,
+        dequantize_4bit,
+        double_quantize,
+        quantize_4bit_nested,
+        double_dequantize,
+    )
     kernels += (linear_4bit, linear_4bit_backward)
     if hasattr(backend, "lora_linear_4bit"):  # CUDA folds the adapter into the product (cuda_linear.py)
         kernels += (lora_linear_4bit, lora_linear_4bit_backward)

@@ -1,6 +1,8 @@
 """A quantized tensor as a value: the packed codes, the statistics that decode them, and what they mean."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -116,10 +118,17 @@ class QuantizedTensor:
         )
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":
-        moved = [None if t is None else t.to(device) for t in self._tensors()]
-        return QuantizedTensor(*moved, self.config, self.shape, self.dtype)
+        return self.map(lambda t: t.to(device))
 
-    def _tensors(self):
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "QuantizedTensor":
+        """The same tensor with `function` applied to codes and statistics."""
+        nested = None if self.nested_absmax is None else function(self.nested_absmax)
+        mean = None if self.absmax_mean is None else function(self.absmax_mean)
+        return QuantizedTensor(
+            function(self.packed), function(self.absmax), nested, mean, self.config, self.shape, self.dtype
+        )
+
+    def _tensors(self) -> tuple[Any, Any, Any, Any]:
         return self.packed, self.absmax, self.nested_absmax, self.absmax_mean
 
     @property

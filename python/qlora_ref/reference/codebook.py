@@ -18,6 +18,7 @@ threshold one ulp down makes the same counting loop do that. A kernel therefore 
 levels, thresholds and `order` (sorted position -> code) as data. Adding a type is adding one row to `_ROWS`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -124,7 +125,7 @@ def _symmetric(magnitudes: list[float], codes: list[int], negative_codes: list[i
 _E2M1_BNB_ORDER = [0, 1, 6, 7, 4, 5, 2, 3]  # bitsandbytes numbers its magnitudes out of order
 
 
-def _float4(magnitudes: list[float], codes: list[int] = range(8)):
+def _float4(magnitudes: list[float], codes: Sequence[int] = range(8)):
     """Sign bit (8) + a 3-bit magnitude index."""
     return _symmetric(magnitudes, list(codes), [c + 8 for c in codes])
 

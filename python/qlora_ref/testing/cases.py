@@ -7,7 +7,7 @@ A case is an op, a parity class and parameters; its `id` prints all of them and 
 Adding an op: add it to `ops.OP_NAMES`, write a function here that turns parameters into arguments, list its cases.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -182,7 +182,7 @@ def _lora_backward_args(generator, m, n, k, rank=8, dtype="f32", **how):
     return dy, x, *weight, *_lora_tensors(generator, n, k, rank), 0.25, True
 
 
-_ARGUMENTS = {
+_ARGUMENTS: dict[str, Callable[..., tuple]] = {
     "quantize_4bit": _quantize_args,
     "dequantize_4bit": _dequantize_args,
     "double_quantize": _double_quantize_args,

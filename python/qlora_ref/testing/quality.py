@@ -24,19 +24,19 @@ class Error(NamedTuple):
 
 def expected_error(levels: torch.Tensor, block_size: int, n_m: int = 200, n_x: int = 400) -> Error:
     """Expected error of the table `levels` (ascending, ends at +-1) on N(0,1) weights in blocks of `block_size`."""
-    levels = np.sort(np.asarray(levels, np.float64))
+    table = np.sort(np.asarray(levels, np.float64))
     nodes, weights = np.polynomial.legendre.leggauss(n_m)
     m, dm = 4.5 * (nodes + 1), 4.5 * weights  # (0, 9): p(9) < 1e-15 for any block size here
     phi = lambda z: np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
     inside = 2 * ndtr(m) - 1
     weight_m = dm * block_size * inside ** (block_size - 2) * 2 * phi(m)  # p(m) / P(|x| < m)
-    edges = np.concatenate([[-1.0], (levels[1:] + levels[:-1]) / 2, [1.0]])
-    edges = np.unique(np.clip(np.concatenate([edges, levels]), -1, 1))  # |e| has a kink at every level and edge
+    edges = np.concatenate([[-1.0], (table[1:] + table[:-1]) / 2, [1.0]])
+    edges = np.unique(np.clip(np.concatenate([edges, table]), -1, 1))  # |e| has a kink at every level and edge
     u, du = np.polynomial.legendre.leggauss(max(4, n_x // len(edges)))
     x = (edges[:-1, None] + edges[1:, None]) / 2 + (edges[1:, None] - edges[:-1, None]) / 2 * u
     dx = ((edges[1:] - edges[:-1])[:, None] / 2 * du).ravel()
     x = x.ravel()  # in (-1, 1)
-    e = np.abs(x - levels[np.abs(x[:, None] - levels).argmin(1)])
+    e = np.abs(x - table[np.abs(x[:, None] - table).argmin(1)])
     density = phi(m[:, None] * x) * m[:, None] * dx * weight_m[:, None] * (block_size - 1) / block_size
     moments = [float((density * (m[:, None] * e) ** k).sum()) for k in (1, 2, 4)]
     return Error(moments[0], moments[1], moments[1] - moments[0] ** 2, moments[2] - moments[1] ** 2)

@@ -29,7 +29,7 @@ def make_problem() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 def double_twin(model: nn.Module) -> nn.Module:
     """The same model in float64: every 4-bit layer replaced by its dequantized weight. The truth of the comparison."""
     twin = nn.Sequential()
-    for module in model:
+    for module in model.children():
         if isinstance(module, LoRALinear):
             base = module.base_layer
             assert isinstance(base, Linear4bit)
