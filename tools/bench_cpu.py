@@ -94,7 +94,7 @@ def last_level_cache() -> int:
         return 32 * 2**20
 
 
-# --- the ops -------------------------------------------------------------------------------------------------------------
+# --- the ops ---------------------------------------------------------------------------------------------------------
 
 
 def bench_quantize(rows: list[Row], machine: Machine, shape, bnb, threads: int) -> None:
@@ -231,7 +231,7 @@ def bench_lora(rows: list[Row], machine: Machine, shape, bnb, threads: int, m: i
                     ">= 1.5x bitsandbytes + PEFT"))  # fmt: skip
 
 
-# --- a whole training step, one process an arm ---------------------------------------------------------------------------
+# --- a whole training step, one process an arm ------------------------------------------------------------------------
 
 
 def step_arm(arm: str, threads: int, tokens: int = 256, steps: int = 5) -> dict:
@@ -296,7 +296,7 @@ def bench_steps(rows: list[Row], threads: int) -> dict:
     return {arm: max(r["peak_bytes"] for r in rs) for arm, rs in results.items() if rs}
 
 
-# --- report ------------------------------------------------------------------------------------------------------------
+# --- report ----------------------------------------------------------------------------------------------------------
 
 
 def name(shape) -> str:

@@ -46,8 +46,7 @@ QLORA_HD float block_absmax(const float* x, int64_t n) {
 
 // codes[i] = moment_code of x[i], by bisection; but all elements take a step before any takes the next, so that
 // the loop over elements is vector code.
-QLORA_HD void encode_block(const float* x, float absmax, const Map8& map, int64_t n, int lowest,
-                           uint8_t* codes) {
+QLORA_HD void encode_block(const float* x, float absmax, const Map8& map, int64_t n, int lowest, uint8_t* codes) {
   float s[kStateBlock];
   int32_t below[kStateBlock] = {};
   const float inverse = 1.0f / absmax;
@@ -69,8 +68,8 @@ QLORA_HD void update_8bit(const AdamW8bitPiece& piece, const AdamWCoefficients& 
     float m[kStateBlock], v[kStateBlock];
     for (int64_t i = 0; i < n; ++i) m[i] = maps[0].levels[m_codes[i]] * piece.m_absmax[b];
     for (int64_t i = 0; i < n; ++i) v[i] = maps[1].levels[v_codes[i]] * piece.v_absmax[b];
-    update<T, AdamWOrder::loop>(static_cast<T*>(piece.param) + start, static_cast<const T*>(piece.grad) + start, m, v, c,
-                                n);
+    update<T, AdamWOrder::loop>(static_cast<T*>(piece.param) + start, static_cast<const T*>(piece.grad) + start, m, v,
+                                c, n);
     piece.m_absmax[b] = block_absmax(m, n), piece.v_absmax[b] = block_absmax(v, n);
     encode_block(m, piece.m_absmax[b], maps[0], n, 0, m_codes);
     encode_block(v, piece.v_absmax[b], maps[1], n, 1, v_codes);

@@ -18,7 +18,7 @@ struct AdamWScalars {
 
 // What the elements of one piece share: scalars in float64 (loop) or float32 (fused), rounded once.
 struct AdamWCoefficients {
-  float decay;      // theta * decay, or fma(-decay, theta, theta)
+  float decay;  // theta * decay, or fma(-decay, theta, theta)
   float w1, w1_rest, w2, beta1, beta2, eps, step_size, correction2_sqrt;
   bool decays, from_old;  // from_old: interpolate m from its old value (beta1 > 0.5), else from the gradient
 };

@@ -51,8 +51,7 @@ void dequantize_rows(const Weight4bit& weight, const Codebook& codebook, int64_t
                      int64_t first_col, int64_t cols, char* out, DType dtype, int64_t row_stride) {
   if (cols == weight.cols && row_stride == cols) {  // then the rows are one run
     parallel_for(rows * cols, kGrain, [&](int64_t begin, int64_t end) {
-      dequantize_run(weight, codebook, first_row * cols + begin, end - begin, dtype,
-                     out + begin * element_size(dtype));
+      dequantize_run(weight, codebook, first_row * cols + begin, end - begin, dtype, out + begin * element_size(dtype));
     });
     return;
   }
@@ -67,8 +66,8 @@ void dequantize_rows(const Weight4bit& weight, const Codebook& codebook, int64_t
 
 }  // namespace
 
-void quantize_4bit(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook,
-                   uint8_t* packed, float* absmax) {
+void quantize_4bit(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
+                   float* absmax) {
   const Variant& isa = variant();
   parallel_for(n, kGrain, [&](int64_t begin, int64_t end) {
     auto* from = static_cast<const char*>(x) + begin * element_size(dtype);

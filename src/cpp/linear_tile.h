@@ -10,11 +10,11 @@
 // Where the absmax of R neighbouring rows come from. Under double quantization absmax' takes only 256 values in a nested
 // group: they are computed once (`values`), and the loop looks them up by code. Else code and value are the same.
 struct Scales {
-  const uint8_t* codes;     // of block 0 of the tensor
-  const float* absmax;      // flat: of block 0
-  const float* values;      // nested: 256 of group `first_group`, then of the next, ...
+  const uint8_t* codes;  // of block 0 of the tensor
+  const float* absmax;   // flat: of block 0
+  const float* values;   // nested: 256 of group `first_group`, then of the next, ...
   int64_t first_group;
-  int nested_shift;         // log2 of the nested block size
+  int nested_shift;  // log2 of the nested block size
 };
 
 // absmax' of every code for the groups of blocks first .. last. `scratch` keeps them from one call to the next.
@@ -37,8 +37,8 @@ inline Scales scales(const Absmax& absmax, int64_t first, int64_t last, LinearSc
 
 // R rows of the weight and T tokens at a time: R x T accumulators. `nested` is whether the absmax have codes.
 template <class Lanes, int R, int T, bool nested>
-inline __attribute__((always_inline)) void tile(const LinearRows& call, const Scales& scales, int64_t row, const char* x,
-                                                int64_t x_stride, int64_t prefetch, float* sums) {
+inline __attribute__((always_inline)) void tile(const LinearRows& call, const Scales& scales, int64_t row,
+                                                const char* x, int64_t x_stride, int64_t prefetch, float* sums) {
   const Lanes lanes(*call.codebook);
   typename Lanes::Sum sum[R][T];
 #pragma GCC unroll 8
@@ -176,9 +176,12 @@ void one_token(const LinearRows& call, const Scales& from, int64_t row) {
 template <class Lanes, DType dtype, int R>
 void few_tokens(const LinearRows& call, const Scales& from, int64_t row) {
   switch (call.m) {
-    case 4: return linear_tile<Lanes, dtype, R, 4>(call, from, row);
-    case 3: return linear_tile<Lanes, dtype, R, 3>(call, from, row);
-    case 2: return linear_tile<Lanes, dtype, R, 2>(call, from, row);
+    case 4:
+      return linear_tile<Lanes, dtype, R, 4>(call, from, row);
+    case 3:
+      return linear_tile<Lanes, dtype, R, 3>(call, from, row);
+    case 2:
+      return linear_tile<Lanes, dtype, R, 2>(call, from, row);
     case 1:
       for (int r = 0; r < R; ++r) one_token<Lanes, dtype>(call, from, row + r);
   }
@@ -198,9 +201,10 @@ inline __attribute__((always_inline)) void decode_chunk(const LinearRows& call, 
     const uint8_t* packed = weight.packed + (row + r) * weight.cols / 2 + 32 * first;
     for (int64_t g = first; g < first + count; ++g, packed += 32) {
       int64_t block = (row + r) * blocks + (g >> call.block_shift);
-      float absmax = scales.codes ? scales.values[256 * ((block >> scales.nested_shift) - scales.first_group) +
-                                                  scales.codes[block]]
-                                  : scales.absmax[block];
+      float absmax =
+          scales.codes
+              ? scales.values[256 * ((block >> scales.nested_shift) - scales.first_group) + scales.codes[block]]
+              : scales.absmax[block];
       auto table = lanes.table(absmax);
       auto bytes = Lanes::load(packed);
       __builtin_prefetch(packed + R * weight.cols / 2, 0, 2);
@@ -244,12 +248,18 @@ template <class Lanes, int R>
 void multiply_chunk(int tokens, const char* w, const char* x, int64_t x_stride, int64_t vectors, bool first,
                     typename Lanes::Sum* sums) {
   switch (tokens) {
-    case 6: return multiply_chunk<Lanes, R, 6>(w, x, x_stride, vectors, first, sums);
-    case 5: return multiply_chunk<Lanes, R, 5>(w, x, x_stride, vectors, first, sums);
-    case 4: return multiply_chunk<Lanes, R, 4>(w, x, x_stride, vectors, first, sums);
-    case 3: return multiply_chunk<Lanes, R, 3>(w, x, x_stride, vectors, first, sums);
-    case 2: return multiply_chunk<Lanes, R, 2>(w, x, x_stride, vectors, first, sums);
-    case 1: return multiply_chunk<Lanes, R, 1>(w, x, x_stride, vectors, first, sums);
+    case 6:
+      return multiply_chunk<Lanes, R, 6>(w, x, x_stride, vectors, first, sums);
+    case 5:
+      return multiply_chunk<Lanes, R, 5>(w, x, x_stride, vectors, first, sums);
+    case 4:
+      return multiply_chunk<Lanes, R, 4>(w, x, x_stride, vectors, first, sums);
+    case 3:
+      return multiply_chunk<Lanes, R, 3>(w, x, x_stride, vectors, first, sums);
+    case 2:
+      return multiply_chunk<Lanes, R, 2>(w, x, x_stride, vectors, first, sums);
+    case 1:
+      return multiply_chunk<Lanes, R, 1>(w, x, x_stride, vectors, first, sums);
   }
 }
 

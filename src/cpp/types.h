@@ -41,7 +41,7 @@ struct Absmax {
 struct Weight4bit {
   const uint8_t* packed;  // (n + 1) / 2 bytes, first element in the high nibble
   Absmax absmax;
-  int64_t rows, cols;     // out_features, in_features
+  int64_t rows, cols;  // out_features, in_features
   int64_t block_size;
 };
 

@@ -22,7 +22,7 @@ constexpr int kLinearRows = 4;  // taken at a time
 
 // Of one thread: absmax' of every code, for the nested groups that kLinearRows rows touch.
 struct LinearScratch {
-  float* values;  // 256 a group
+  float* values;                // 256 a group
   int64_t first_group, groups;  // which are in there
   void* sums;                   // kLinearRows registers of 64 bytes a token
 };

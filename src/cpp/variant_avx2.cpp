@@ -52,8 +52,7 @@ bool contains(const typename Element<dtype>::type* x, int64_t size, float value)
 }
 
 template <DType dtype>
-void quantize(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
-              float* absmax) {
+void quantize(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed, float* absmax) {
   auto* x = static_cast<const typename Element<dtype>::type*>(x_);
   const __m256i code_of = _mm256_broadcastsi128_si256(load_bytes16(codebook.order));
   for (; n >= block_size; n -= block_size, x += block_size, packed += block_size / 2, ++absmax) {
@@ -145,8 +144,7 @@ inline __attribute__((always_inline)) void byte_tables(const Levels& levels, flo
 // `whole` elements of one block, a multiple of 32.
 template <DType dtype>
 inline __attribute__((always_inline)) void dequantize_block(const uint8_t* packed, float absmax, int64_t whole,
-                                                            const Levels& levels,
-                                                            typename Element<dtype>::type* out) {
+                                                            const Levels& levels, typename Element<dtype>::type* out) {
   if constexpr (dtype == DType::f32) {
     const __m256i nibble = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
     Levels table = levels.scaled(absmax);
@@ -181,7 +179,8 @@ void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t b
     int64_t size = n < block_size ? n : block_size, whole = size & ~int64_t(31);
     dequantize_block<dtype>(packed, *absmax, whole, levels, out);
     if (whole < size) {
-      scalar_variant.dequantize[int(dtype)](packed + whole / 2, absmax, size - whole, block_size, codebook, out + whole);
+      scalar_variant.dequantize[int(dtype)](packed + whole / 2, absmax, size - whole, block_size, codebook,
+                                            out + whole);
     }
   }
 }

@@ -186,8 +186,7 @@ void quantize_blocks(const void* x_, int64_t n, int64_t block_size, const Codebo
 }
 
 template <DType dtype>
-void quantize(const void* x, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
-              float* absmax) {
+void quantize(const void* x, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed, float* absmax) {
   bool in_value_order = true;
   for (int i = 0; i < 16; ++i) in_value_order = in_value_order && codebook.order[i] == i;
   Bins bins(codebook.thresholds);
@@ -224,10 +223,10 @@ inline __attribute__((always_inline)) __m512i table16(__m512 levels, float absma
 
 // 16 bytes -> 32 values. Every lane gets the bytes, takes its four, each twice as words, the first one shifted by 4.
 inline __attribute__((always_inline)) void decode32(const uint8_t* packed, __m512i table, void* out) {
-  const __m512i spread = _mm512_setr_epi32(
-      int(0x80008000), int(0x80018001), int(0x80028002), int(0x80038003), int(0x80048004), int(0x80058005),
-      int(0x80068006), int(0x80078007), int(0x80088008), int(0x80098009), int(0x800a800a), int(0x800b800b),
-      int(0x800c800c), int(0x800d800d), int(0x800e800e), int(0x800f800f));
+  const __m512i spread = _mm512_setr_epi32(int(0x80008000), int(0x80018001), int(0x80028002), int(0x80038003),
+                                           int(0x80048004), int(0x80058005), int(0x80068006), int(0x80078007),
+                                           int(0x80088008), int(0x80098009), int(0x800a800a), int(0x800b800b),
+                                           int(0x800c800c), int(0x800d800d), int(0x800e800e), int(0x800f800f));
   const __m512i phase = _mm512_set1_epi32(0x00000004);
   __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
   __m512i index = _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, spread), phase);
@@ -268,7 +267,8 @@ void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t b
     int64_t size = n < block_size ? n : block_size, whole = size & ~int64_t(31);
     dequantize_block<dtype>(packed, *absmax, whole, levels, out);
     if (whole < size) {
-      scalar_variant.dequantize[int(dtype)](packed + whole / 2, absmax, size - whole, block_size, codebook, out + whole);
+      scalar_variant.dequantize[int(dtype)](packed + whole / 2, absmax, size - whole, block_size, codebook,
+                                            out + whole);
     }
   }
 }

@@ -29,8 +29,7 @@ float block_absmax(const float* x, int64_t n, bool with_sign) {
 }
 
 template <DType dtype>
-void quantize(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
-              float* absmax) {
+void quantize(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed, float* absmax) {
   using E = Element<dtype>;
   auto* x = static_cast<const typename E::type*>(x_);
   float block[kLargestBlock];
@@ -99,8 +98,8 @@ void double_dequantize(const Absmax& absmax, int64_t first, int64_t n, float* ou
   float mean = *absmax.mean;
   for (int64_t i = 0; i < n; ++i) {
     int64_t block = first + i;
-    out[i] = double_decode(absmax.map[absmax.codes[block]], absmax.nested_absmax[block / absmax.nested_block_size],
-                           mean);
+    out[i] =
+        double_decode(absmax.map[absmax.codes[block]], absmax.nested_absmax[block / absmax.nested_block_size], mean);
   }
 }
 

@@ -180,7 +180,8 @@ __global__ void __launch_bounds__(kThreads)
     } else {
 #pragma unroll
       for (int e = 0; e < kPerLane; ++e) {
-        if (e < inside) theta[e] = to_float(param[e]), g[e] = to_float(grad[e]), m_codes[e] = m_at[e], v_codes[e] = v_at[e];
+        if (e < inside)
+          theta[e] = to_float(param[e]), g[e] = to_float(grad[e]), m_codes[e] = m_at[e], v_codes[e] = v_at[e];
       }
     }
     const float m_old = piece.m_absmax[b], v_old = piece.v_absmax[b];
@@ -198,7 +199,8 @@ __global__ void __launch_bounds__(kThreads)
     } else {
 #pragma unroll
       for (int e = 0; e < kPerLane; ++e) {
-        if (e < inside) param[e] = round_to(T{}, theta[e]), m_at[e] = uint8_t(m_codes[e]), v_at[e] = uint8_t(v_codes[e]);
+        if (e < inside)
+          param[e] = round_to(T{}, theta[e]), m_at[e] = uint8_t(m_codes[e]), v_at[e] = uint8_t(v_codes[e]);
       }
     }
     if (lane == 0) piece.m_absmax[b] = m_absmax, piece.v_absmax[b] = v_absmax;
