@@ -39,7 +39,7 @@ RESULTS = {"divide": LONG, "position": LONG, "position_in_tile": LONG, "bins_usa
 def launchers() -> SimpleNamespace:
     """The launchers as functions; compiles for about five seconds, once a process."""
     flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    # What a card punishes and a CPU forgives (a misaligned vector, a table read past its end) is an illegal instruction;
+    # What a card punishes and a CPU forgives (a misaligned vector, a read past a table) is an illegal instruction;
     # pytest's faulthandler then names the test.
     flags += ["-fsanitize=alignment,bounds,shift", "-fsanitize-undefined-trap-on-error", "-Wno-clobbered"]
     flags += ["-x", "c++", "-include", str(ROOT / "tests/cuda_emulator.h")]

@@ -1,4 +1,4 @@
-"""The build's promises that need no compiler: the hash that notices stale binaries, doctor, the one list of versions."""
+"""The build's promises that need no compiler: the hash that notices stale binaries, doctor, one list of versions."""
 
 import json
 import re

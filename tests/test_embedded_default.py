@@ -74,7 +74,7 @@ def test_model_beats_every_unigram_model(model, tokenizer):
     even one fitted to these very tokens, can have; a model below it uses context."""
     torch = pytest.importorskip("torch")
     context = model.config.max_position_embeddings
-    pages = [f"{r['input']}:\n    \"\"\"{r['output']}\"\"\"\n" for r in rows("heldout") if r["input"]]
+    pages = [f'{r["input"]}:\n    """{r["output"]}"""\n' for r in rows("heldout") if r["input"]]
     ids = [i for page in pages for i in [*tokenizer(page).input_ids, tokenizer.eos_token_id]]
     batch = torch.tensor(ids[: len(ids) // context * context]).view(-1, context)
     with torch.no_grad():
@@ -97,8 +97,16 @@ def test_sources_of_the_model_are_recorded():
 # --- the tokenizer ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["Return the path.", "def f(self, *, x=1):\n\n    return {'a': x}  # \t end",
-                                  "naïve café ∑ 你好 🎉", " leading and trailing ", "\r\n\x00"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Return the path.",
+        "def f(self, *, x=1):\n\n    return {'a': x}  # \t end",
+        "naïve café ∑ 你好 🎉",
+        " leading and trailing ",
+        "\r\n\x00",
+    ],
+)
 def test_tokenizer_round_trips(tokenizer, text):
     ids = tokenizer(text).input_ids
     assert ids[0] == tokenizer.bos_token_id
@@ -194,7 +202,10 @@ def test_documented_objects_and_first_sentences(corpus):
         ("stack.odd", "function", "def odd()"),
     ]
     assert [corpus.first_sentence(i.doc) for i in items] == [
-        "A last-in, first-out collection of items.", "Return the item on top, without removing it.", None]
+        "A last-in, first-out collection of items.",
+        "Return the item on top, without removing it.",
+        None,
+    ]
     assert corpus.parameter_names(items[1].signature) == ["self", "depth", "wide", "rest"]
 
 

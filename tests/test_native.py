@@ -112,7 +112,7 @@ def test_linear_within_its_bound(variant, dtype, case):
 
 
 def check(actual, value, magnitude, k):
-    """The rounding bound of a float32 sum of k + 1 terms, then at most two roundings (torch may round before the bias)."""
+    """The rounding bound of a float32 sum of k + 1 terms, then at most two roundings (torch may round before bias)."""
     bound = gamma(k + 1, 2.0**-24) * magnitude + 2 * UNIT[actual.dtype] * (value.abs() + magnitude * 2.0**-20)
     error = (actual.double() - value).abs()
     assert (error <= bound).all(), f"{(error / bound).max().item():.3g} times the rounding bound"
@@ -220,6 +220,7 @@ def valid():
 def test_bad_input_is_refused_in_a_sentence():
     packed, absmax, codebook = valid()
     cpu, x = native.cpu, torch.randn(2, 64)
+    linear, decode = cpu.linear_4bit_forward, cpu.dequantize_4bit
     weight = (packed, absmax, None, None, codebook, 64, None, 256)
     short = (packed[:-1], *weight[1:])
     cases = [
@@ -229,10 +230,10 @@ def test_bad_input_is_refused_in_a_sentence():
         (TypeError, "can dequantize to", lambda: cpu.dequantize_4bit(*weight, (4, 64), torch.int32)),
         (ValueError, "out is", lambda: cpu.dequantize_4bit(*weight, (4, 64), out=torch.empty(4, 63))),
         (ValueError, "out must be contiguous", lambda: cpu.dequantize_4bit(*weight, (4, 64), out=torch.empty(64, 4).T)),
-        (TypeError, "absmax must be torch.float32", lambda: cpu.linear_4bit_forward(x, packed, absmax.half(), *weight[2:], 4)),
+        (TypeError, "absmax must be torch.float32", lambda: linear(x, packed, absmax.half(), *weight[2:], 4)),
         (ValueError, "bias has 3 elements", lambda: cpu.linear_4bit_forward(x, *weight, 4, torch.zeros(3))),
         (TypeError, "bias must be", lambda: cpu.linear_4bit_forward(x, *weight, 4, torch.zeros(4).half())),
-        (ValueError, "map8 and absmax_mean must be given", lambda: cpu.dequantize_4bit(packed, absmax, absmax, *weight[3:], (4, 64))),
+        (ValueError, "map8 and absmax_mean must be", lambda: decode(packed, absmax, absmax, *weight[3:], (4, 64))),
         (ValueError, "on meta", lambda: cpu.quantize_4bit(torch.empty(4, device="meta"), codebook, 64)),
     ]  # fmt: skip
     for error, sentence, call in cases:

@@ -22,8 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Code about code (tests, demos, vendored tools), and files that are tables or belong to one machine.
-EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "turtledemo",
-                    "encodings", "__phello__", "__pycache__"}
+EXCLUDED_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "idlelib",
+    "turtledemo",
+    "encodings",
+    "__phello__",
+    "__pycache__",
+}
 EXCLUDED_NAMES = re.compile(r"^(_sysconfigdata|__phello__|sitecustomize$|usercustomize$)|^config-")
 HELD_OUT_SHARE = 0.12
 MAX_SIGNATURE_CHARS = 110
@@ -212,8 +222,9 @@ def instruction_rows(modules: list[Module], limits: dict[str, int]) -> dict[str,
             if not any(part.startswith("_") for part in item.name.split(".")):
                 found["heldout" if module.held_out else "train"] += questions(item)
     seen = " ".join(" ".join(m.text for m in modules if not m.held_out).split())
-    found["heldout"] = [r for r in found["heldout"]
-                        if r["instruction"].startswith(PARAMETERS) or r["output"].rstrip(".") not in seen]
+    found["heldout"] = [
+        r for r in found["heldout"] if r["instruction"].startswith(PARAMETERS) or r["output"].rstrip(".") not in seen
+    ]
     return {split: distinct(rows)[: limits[split]] for split, rows in found.items()}
 
 

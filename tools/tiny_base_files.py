@@ -37,8 +37,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_instructions(modules: list[Module], rows_of: dict[str, list[dict[str, str]]], folder: Path) -> None:
     """train.jsonl, heldout.jsonl and MANIFEST.json (origin, counts, hashes, held-out modules)."""
-    manifest: dict[str, Any] = {"python": platform.python_version(), "licence": "PSF-2.0", "splits": {},
-                                "heldout_modules": [m.name for m in modules if m.held_out]}
+    manifest: dict[str, Any] = {
+        "python": platform.python_version(),
+        "licence": "PSF-2.0",
+        "splits": {},
+        "heldout_modules": [m.name for m in modules if m.held_out],
+    }
     for split, rows in rows_of.items():
         text = "".join(json.dumps(r) + "\n" for r in rows)
         write_atomically(folder / f"{split}.jsonl", text)
@@ -47,8 +51,14 @@ def write_instructions(modules: list[Module], rows_of: dict[str, list[dict[str, 
     write_atomically(folder / "MANIFEST.json", json.dumps(manifest, indent=1) + "\n")
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, modules: list[Module],
-         record: dict[str, Any], folder: Path, heldout_loss: Callable[[LlamaForCausalLM], float]) -> None:
+def save(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    modules: list[Module],
+    record: dict[str, Any],
+    folder: Path,
+    heldout_loss: Callable[[LlamaForCausalLM], float],
+) -> None:
     """Write the bf16 model to a temporary folder, read it back, evaluate that, then move it into place."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
@@ -57,8 +67,10 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, modules: l
         use_portable_class_name(Path(temporary) / "tokenizer_config.json")
         weights = Path(temporary) / "model.safetensors"
         if weights.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(f"model.safetensors has {weights.stat().st_size:,} bytes, more than "
-                             f"{MAX_FILE_BYTES:,}: make the model smaller.")
+            raise ValueError(
+                f"model.safetensors has {weights.stat().st_size:,} bytes, more than "
+                f"{MAX_FILE_BYTES:,}: make the model smaller."
+            )
         again: Any = LlamaForCausalLM.from_pretrained(temporary, dtype=torch.bfloat16)
         for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
             if not torch.equal(a, b):
@@ -69,8 +81,15 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, modules: l
         for file in sorted(Path(temporary).iterdir()):
             file.chmod(0o644)
             os.replace(file, folder / file.name)
-    files = [{"module": m.name, "file": m.path, "held_out": m.held_out,
-              "sha256": hashlib.sha256(m.text.encode()).hexdigest()} for m in modules]
+    files = [
+        {
+            "module": m.name,
+            "file": m.path,
+            "held_out": m.held_out,
+            "sha256": hashlib.sha256(m.text.encode()).hexdigest(),
+        }
+        for m in modules
+    ]
     manifest = {"python": platform.python_version(), "held_out_share": HELD_OUT_SHARE}
     lines = ",\n".join("  " + json.dumps(f) for f in files)
     text = json.dumps(manifest)[:-1] + ', "files": [\n' + lines + "\n]}\n"
@@ -88,10 +107,14 @@ def use_portable_class_name(path: Path) -> None:
 
 
 def readme(record: dict[str, Any]) -> str:
-    versions = {"date": datetime.date.today().isoformat(), "Python": platform.python_version(),
-                "torch": torch.__version__, "transformers": transformers.__version__,
-                "tokenizers": tokenizers.__version__,
-                "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores"}
+    versions = {
+        "date": datetime.date.today().isoformat(),
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+    }
     cells = {key: f"{v:,}" if isinstance(v, int) else v for key, v in {**record, **versions}.items()}
     return README.format(rows="\n".join(f"| {key} | {value} |" for key, value in cells.items()))
 

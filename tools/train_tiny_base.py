@@ -50,8 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     corpus = encode(tokenizer, train_texts)
     heldout = windows(torch.cat(encode(tokenizer, heldout_texts)))
     heldout = heldout[:: max(1, len(heldout) // args.eval_windows)]  # evenly spread over the held-out modules
-    print(f"{len(modules)} modules, {sum(map(len, corpus)):,} training tokens an epoch, "
-          f"{heldout.numel():,} held-out tokens", flush=True)
+    print(
+        f"{len(modules)} modules, {sum(map(len, corpus)):,} training tokens an epoch, "
+        f"{heldout.numel():,} held-out tokens",
+        flush=True,
+    )
 
     torch.manual_seed(args.seed)
     model = new_model(tokenizer)
@@ -91,15 +94,26 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[PAD, BOS, EOS], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[PAD, BOS, EOS],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     bpe.train_from_iterator(texts, trainer)
     bos = bpe.token_to_id(BOS)
-    bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B",
-                                                       special_tokens=[(BOS, bos)])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD,
-                                   model_max_length=CONTEXT, padding_side="right",
-                                   clean_up_tokenization_spaces=False)
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, bos)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=CONTEXT,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[torch.Tensor]:
@@ -119,9 +133,16 @@ def windows(stream: torch.Tensor) -> torch.Tensor:
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """Llama, 2.75 M parameters; every in_features is a multiple of 256, so no NF4 block straddles rows."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=4,
-        num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(config)
@@ -186,8 +207,9 @@ def mean_loss(model: LlamaForCausalLM, rows: torch.Tensor) -> float:
     return sum(loss * n for loss, n in zip(losses, sizes, strict=True)) / len(rows)
 
 
-def train(model: LlamaForCausalLM, corpus: list[torch.Tensor], heldout: torch.Tensor, steps: int,
-          args: argparse.Namespace) -> dict[str, Any]:
+def train(
+    model: LlamaForCausalLM, corpus: list[torch.Tensor], heldout: torch.Tensor, steps: int, args: argparse.Namespace
+) -> dict[str, Any]:
     """Train in place with AdamW; print progress; return what the README records."""
     optimizer, stream = optimizer_for(model), batches(corpus, args.batch, args.seed)
     start, smooth = time.perf_counter(), None
@@ -206,8 +228,9 @@ def train(model: LlamaForCausalLM, corpus: list[torch.Tensor], heldout: torch.Te
             print(f"{line}  {seconds / 60:.1f} min", flush=True)
     return {
         "command": f"python tools/train_tiny_base.py --steps {steps} --threads {args.threads} "
-                   f"--batch {args.batch} --seed {args.seed}" + (" --bf16" if args.bf16 else ""),
-        "steps": steps, "tokens seen": steps * args.batch * CONTEXT,
+        f"--batch {args.batch} --seed {args.seed}" + (" --bf16" if args.bf16 else ""),
+        "steps": steps,
+        "tokens seen": steps * args.batch * CONTEXT,
         "tokens per epoch": sum(map(len, corpus)),
         "final training loss (smoothed)": round(smooth or math.nan, 4),
         "held-out loss before training": round(untrained, 4),

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-# Up to here the kernel wins over panels, measured. oneDNN has no fast float16 product on this CPU, so there ours goes far.
+# Up to here the kernel wins over panels, measured. oneDNN has no fast float16 product on this CPU: there ours goes far.
 FUSED_TOKENS = {torch.bfloat16: 128, torch.float16: 512, torch.float32: 48}
 # Wide panels keep oneDNN efficient, small ones stay in the cache: 2048 x 4096 bf16.
 PANEL_BYTES = 16 * 2**20

@@ -168,7 +168,7 @@ class Backend:
         )
         return out
 
-    # --- the weight ----------------------------------------------------------------------------------------------------
+    # --- the weight ---------------------------------------------------------------------------------------------------
 
     def _weight(
         self, packed, absmax, nested_absmax, absmax_mean, codebook, block_size, map8, nested_block_size, rows, cols
