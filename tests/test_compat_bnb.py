@@ -302,6 +302,18 @@ def test_params_copy_and_pickle(duplicate, quantized):
     assert q.quant_state == p.quant_state and q.blocksize == 64 and q.quant_type == "nf4" and not q.requires_grad
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_modules_copy_and_pickle(quantized):
+    layer, x = ours.nn.LinearNF4(64, 32), weights(3, 64)
+    layer = layer.to("cpu") if quantized else layer
+    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert again.weight.module is again and again.weight is not layer.weight
+        again.to("cpu")
+        assert again.quant_state is not None and (layer.quant_state is not None) == quantized
+        if quantized:
+            assert torch.equal(again(x), layer(x))
+
+
 def test_params_chunks_forwarding_and_casts():
     p = ours.nn.Params4bit(weights(4, 64), quant_type="nf4", compress_statistics=True).to("cpu")
     for pieces in (torch.chunk(p, 2), torch.split(p, 64)):

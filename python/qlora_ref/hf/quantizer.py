@@ -39,7 +39,7 @@ class QuantizeOp(ConversionOps):
             weight = value[0] if isinstance(value, list) else value
             module, _ = get_module_from_name(model, name)
             if getattr(module, "from_conv1d", False):
-                pass
+                weight = weight.T.contiguous()
             try:
                 stored_as = Linear4bit.from_quantized(QuantizedTensor.quantize(weight, module.config))
             except (TypeError, ValueError) as error:
@@ -175,7 +175,7 @@ class QLoraQuantizer(HfQuantizer):
             if not getattr(p, "_is_hf_initialized", False)
         ]
         if missing:
-            str(
+            raise RuntimeError(
                 f"the checkpoint holds no tensor for {len(missing)} parameters of 4-bit layers, first {missing[0]}; "
                 "the files belong to another model, or name new layers in QLoraConfig(skip_modules=[...])"
             )

@@ -138,7 +138,7 @@ class Params4bit(torch.nn.Parameter):
             setattr(self, name, state[name])
 
     def __reduce_ex__(self, protocol):
-        return _rebuild, (type(self), self.__getstate__())
+        return _empty, (type(self),), self.__getstate__()  # state apart: `module` refers back to this parameter
 
     def __copy__(self):
         return _rebuild(type(self), self.__getstate__())
@@ -147,6 +147,7 @@ class Params4bit(torch.nn.Parameter):
         state = self.__getstate__()
         new = _rebuild(type(self), {**state, "data": state["data"].clone()})
         new.quant_state = copy.deepcopy(state["quant_state"], memo)
+        new.module = memo.get(id(self.module), self.module)  # the copy, where the module itself is being copied
         return new
 
     @classmethod
@@ -173,7 +174,11 @@ for _attribute in _FORWARDED:
     setattr(Params4bit, _attribute, _forward(_attribute))
 
 
+def _empty(cls) -> Params4bit:
+    return cls.__new__(cls)
+
+
 def _rebuild(cls, state) -> Params4bit:
-    new = cls.__new__(cls)
+    new = _empty(cls)
     new.__setstate__(state)
     return new
