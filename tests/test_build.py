@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -84,3 +85,15 @@ def test_doctor_survives_a_broken_native_module(monkeypatch):
     monkeypatch.setitem(sys.modules, "qlora_ref.native", None)
     monkeypatch.delattr(qlora_ref, "native")
     assert not doctor.backends()["cpu"]["ready"]
+
+
+def test_readme_table_replaces_its_section_only(tmp_path):
+    """tools/readme_table.py: the table of one results folder, between its markers, twice the same."""
+    (tmp_path / "bench_cpu.md").write_text("| new |\n")
+    readme = tmp_path / "README.md"
+    readme.write_text((ROOT / "README.md").read_text())
+    for _ in range(2):
+        subprocess.run([sys.executable, ROOT / "tools" / "readme_table.py", tmp_path, "--readme", readme], check=True)
+    before, after = (ROOT / "README.md").read_text(), readme.read_text()
+    start, end = "<!-- bench:cpu -->\n", "<!-- /bench:cpu -->"
+    assert after == before[: before.index(start)] + start + "| new |\n" + before[before.index(end) :]
