@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def replaced(readme: str, device: str, table: str) -> str:
-    """`readme` with the section of `device` replaced by `table`. Raises ValueError if the markers are not there once."""
+    """`readme` with the section of `device` replaced by `table`; ValueError if the markers are not there once."""
     section = re.compile(rf"(<!-- bench:{device} -->\n).*?(<!-- /bench:{device} -->)", re.S)
     if len(section.findall(readme)) != 1:
         raise ValueError(f"README.md must hold <!-- bench:{device} --> and <!-- /bench:{device} --> once")
