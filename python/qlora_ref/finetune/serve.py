@@ -28,6 +28,7 @@ from .formats import Message
 from .generate import Sampling
 
 MAX_BODY = 1 << 20  # bytes
+MAX_DISCARDED = 16 << 20  # bytes of a refused body that are read and dropped
 MAX_MESSAGES = 256
 MAX_WAITING = 8  # requests, the one being answered included
 READ_TIMEOUT = 30  # seconds a client may take to send its request
@@ -80,12 +81,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, method: Any) -> None:
         self._started = False  # whether a status line has been sent
+        length = self.headers.get("Content-Length") or ""
+        self._unread = int(length) if length.isdigit() else 0  # bytes of the body
         try:
             self._check_origin()
             method()
         except Refused as refused:
             self.close_connection = True  # the body may not have been read
             self._json({"error": {"message": str(refused), "type": "invalid_request_error"}}, refused.status)
+            self._discard()
         except (BrokenPipeError, ConnectionResetError, TimeoutError):
             self.close_connection = True
         except Exception:
@@ -94,6 +98,18 @@ class Handler(BaseHTTPRequestHandler):
             if not self._started:
                 error = {"message": "the server failed; its terminal says why.", "type": "server_error"}
                 self._json({"error": error}, HTTPStatus.INTERNAL_SERVER_ERROR)
+
+    def _discard(self) -> None:
+        """Read what is left of a refused body, within limits: closing on unread bytes resets the connection, and the
+        client would lose the answer that says why."""
+        self.wfile.flush()
+        left = min(self._unread, MAX_DISCARDED)
+        try:
+            self.connection.settimeout(2)
+            while left and (data := self.rfile.read(min(left, 1 << 16))):
+                left -= len(data)
+        except OSError:
+            pass
 
     def _check_origin(self) -> None:
         host = (self.headers.get("Host") or "").rsplit(":", 1)[0].strip("[]")
@@ -145,6 +161,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(HTTPStatus.LENGTH_REQUIRED, "a Content-Length is needed.")
         if int(length) > MAX_BODY:
             raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body has more than {MAX_BODY} bytes.")
+        self._unread = 0
         try:
             return json.loads(self.rfile.read(int(length)).decode("utf-8"))
         except (ValueError, RecursionError):
