@@ -135,6 +135,25 @@ def test_reciprocal_or_division(data, rule, other):
     assert codes_of(x, block_size=32) == expected
 
 
+def test_bf16_codes_do_not_depend_on_the_division():
+    """Every pair of bf16 significands, exponent gaps 0..6, both signs: division and a reciprocal two ulp off agree.
+
+    Beyond a gap of 6 a ratio lies below every threshold in magnitude. So any backend gives the same NF4 codes.
+    """
+    significand = np.arange(128, 256, dtype=np.float32)
+    absmax, x, gap = (a.ravel() for a in np.meshgrid(significand, significand, np.arange(7)))
+    x = (x * 2.0 ** -gap.astype(np.float64)).astype(np.float32)
+    keep = x <= absmax
+    absmax, x = absmax[keep], x[keep]
+    inverse = np.float32(1) / absmax
+    off_by = lambda ulp: (inverse.view(np.int32) + np.int32(ulp)).view(np.float32)
+    thresholds = NF4.thresholds.numpy()
+    for signed in (x, -x):
+        expected = np.searchsorted(thresholds, signed / absmax)
+        for ulp in (-2, -1, 0, 1, 2):
+            assert np.array_equal(np.searchsorted(thresholds, signed * off_by(ulp)), expected)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_non_finite_is_refused_or_poisons_its_block(bad):
     x = torch.randn(130)
