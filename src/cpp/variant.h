@@ -12,7 +12,8 @@ namespace qlora {
 struct LinearRows {
   const Weight4bit* weight;
   const Codebook* codebook;
-  const void* x;  // as linear_prepare left it
+  const void* x;     // as linear_prepare left it,
+  int64_t x_stride;  // bytes a token
   int64_t m;
   const void* bias;
   void* y;
@@ -20,11 +21,12 @@ struct LinearRows {
 };
 constexpr int kLinearRows = 4;  // taken at a time
 
-// Of one thread: absmax' of every code, for the nested groups that kLinearRows rows touch.
+// Of one thread.
 struct LinearScratch {
-  float* values;                // 256 a group
-  int64_t first_group, groups;  // which are in there
-  void* sums;                   // kLinearRows registers of 64 bytes a token
+  float* values;       // absmax' of every code of some nested groups: 256 a group, group g in slot g & mask
+  int64_t mask;        // one more is a power of two, at least as many groups as kLinearRows rows touch
+  int64_t next_group;  // those below are in there
+  void* sums;          // kLinearRows registers of 64 bytes a token
 };
 
 struct Variant {
@@ -45,8 +47,8 @@ struct Variant {
 
   // By DType, null where there is none: rows begin .. end of y = x W'^T + bias. Whole blocks a row, block_size >= 64.
   void (*linear_rows[3])(const LinearRows& call, LinearScratch& scratch, int64_t begin, int64_t end);
-  // x (m, cols) -> the order and type that linear_rows wants, linear_x_bytes an element
-  void (*linear_prepare[3])(const void* x, int64_t m, int64_t cols, void* out);
+  // x (m, cols) -> the order and type that linear_rows wants, linear_x_bytes an element, `stride` bytes a token
+  void (*linear_prepare[3])(const void* x, int64_t m, int64_t cols, int64_t stride, void* out);
   int linear_x_bytes[3];
 };
 

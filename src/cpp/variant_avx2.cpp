@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "element.h"
 #include "variant.h"
@@ -197,7 +198,7 @@ struct F32Lanes {
   using Table = Levels;
   using Weights = __m256;
   using Sum = __m256;
-  static constexpr int kRows = 2, kTokens = 4, kVectors = 8, kVectorBytes = 32, kGroupBytes = 256;
+  static constexpr int kSpan = 1, kRows = 2, kTokens = 4, kFew = 4, kVectors = 8, kVectorBytes = 32, kStepBytes = 256;
 
   Levels levels;
 
@@ -237,6 +238,9 @@ struct F32Lanes {
   }
   static inline __attribute__((always_inline)) float convert(typename Element<dtype>::type x) {
     return Element<dtype>::load(x);
+  }
+  static inline __attribute__((always_inline)) void reorder(const typename Element<dtype>::type* x, float* out) {
+    reorder_by_source<F32Lanes>(x, out);
   }
   // Which element of 64 belongs to lane j: dword j % 8, nibble v = j / 8, where the low nibble is the second element.
   static inline __attribute__((always_inline)) int source(int j) { return 8 * (j % 8) + (j / 8 ^ 1); }

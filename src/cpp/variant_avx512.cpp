@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "element.h"
 #include "variant.h"
@@ -363,7 +364,7 @@ struct F32Lanes {
   using Table = __m512;
   using Weights = __m512;
   using Sum = __m512;
-  static constexpr int kRows = 4, kTokens = 6, kVectors = 4, kVectorBytes = 64, kGroupBytes = 256;
+  static constexpr int kSpan = 1, kRows = 4, kTokens = 6, kFew = 4, kVectors = 4, kVectorBytes = 64, kStepBytes = 256;
 
   __m512 levels;
   __m512i shift[4];
@@ -402,6 +403,9 @@ struct F32Lanes {
 
   static inline __attribute__((always_inline)) float convert(typename Element<dtype>::type x) {
     return Element<dtype>::load(x);
+  }
+  static inline __attribute__((always_inline)) void reorder(const typename Element<dtype>::type* x, float* out) {
+    reorder_by_source<F32Lanes>(x, out);
   }
   // Which element of 64 belongs to lane j: dword j % 8 of 8, nibble 2v (+ 1: the low nibble is the second element).
   static inline __attribute__((always_inline)) int source(int j) {
