@@ -30,7 +30,7 @@ void linear_4bit_forward(const void* x, DType dtype, int64_t m, const Weight4bit
   parallel_for(weight.rows, 4 * kLinearRows, [&](int64_t begin, int64_t end) {
     const int64_t blocks = kLinearRows * weight.cols / weight.block_size;
     int64_t slots = 1;
-    while (slots < blocks / weight.absmax.nested_block_size + 2) slots *= 2;
+    while (slots < blocks / weight.absmax.nested_block_size + 3) slots *= 2;
     std::vector<float> values(weight.absmax.codes ? size_t(256 * slots) : 0);
     std::vector<CacheLine> sums(size_t(kLinearRows * m));
     LinearScratch scratch{values.data(), slots - 1, 0, sums.data()};

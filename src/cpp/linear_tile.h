@@ -24,12 +24,15 @@ struct Scales {
   }
 };
 
-// absmax' of every code for the groups of blocks first .. last, which ascend from call to call.
-inline Scales scales(const Absmax& absmax, int64_t first, int64_t last, LinearScratch& scratch) {
+// absmax' of every code for the groups of blocks first .. last, which ascend from call to call, and for one group more: so
+// a value is looked up long after it was stored, which a store still on its way to the cache would delay.
+inline Scales scales(const Absmax& absmax, int64_t first, int64_t last, int64_t blocks, LinearScratch& scratch) {
   if (!absmax.codes) return {nullptr, absmax.absmax, nullptr, 0, 0};
   const int shift = __builtin_ctzll(uint64_t(absmax.nested_block_size));
+  const int64_t last_of_all = (blocks - 1) >> shift, ahead = (last >> shift) + 1;
+  const int64_t until = ahead < last_of_all ? ahead : last_of_all;
   if (scratch.next_group < first >> shift) scratch.next_group = first >> shift;
-  for (; scratch.next_group <= last >> shift; ++scratch.next_group) {
+  for (; scratch.next_group <= until; ++scratch.next_group) {
     const float mean = *absmax.mean, scale = absmax.nested_absmax[scratch.next_group], *__restrict__ map = absmax.map;
     float* __restrict__ values = scratch.values + 256 * (scratch.next_group & scratch.mask);
     for (int code = 0; code < 256; ++code) values[code] = double_decode(map[code], scale, mean);
@@ -277,7 +280,7 @@ void more_tokens(const LinearRows& call, const Scales& from, LinearScratch& scra
 template <class Lanes, DType dtype, int R>
 void linear_row_group(const LinearRows& call, LinearScratch& scratch, int64_t row) {
   int64_t blocks = call.weight->cols / call.weight->block_size;
-  Scales from = scales(call.weight->absmax, row * blocks, (row + R) * blocks - 1, scratch);
+  Scales from = scales(call.weight->absmax, row * blocks, (row + R) * blocks - 1, call.weight->rows * blocks, scratch);
   if (call.m <= Lanes::kFew) return few_tokens<Lanes, dtype, R>(call, from, row);
   more_tokens<Lanes, dtype, R>(call, from, scratch, row);
 }

@@ -24,7 +24,7 @@ constexpr int kLinearRows = 4;  // taken at a time
 // Of one thread.
 struct LinearScratch {
   float* values;       // absmax' of every code of some nested groups: 256 a group, group g in slot g & mask
-  int64_t mask;        // one more is a power of two, at least as many groups as kLinearRows rows touch
+  int64_t mask;        // one more is a power of two, at least as many groups as kLinearRows rows touch, and one more
   int64_t next_group;  // those below are in there
   void* sums;          // kLinearRows registers of 64 bytes a token
 };
