@@ -131,7 +131,7 @@ inline __attribute__((always_inline)) void byte_tables(const Levels& levels, flo
     words[0] = _mm256_cvtps_ph(scaled.low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     words[1] = _mm256_cvtps_ph(scaled.high, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   } else {
-    if (!is_finite(absmax)) scaled = {_mm256_set1_ps(kNaN), _mm256_set1_ps(kNaN)};
+    if (absmax != absmax) scaled = {_mm256_set1_ps(kNaN), _mm256_set1_ps(kNaN)};
     __m256i low = _mm256_srli_epi32(round_bf16(scaled.low), 16), high = _mm256_srli_epi32(round_bf16(scaled.high), 16);
     words[0] = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
     words[1] = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
@@ -208,7 +208,7 @@ struct F32Lanes {
       constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
       return {_mm256_cvtph_ps(_mm256_cvtps_ph(scaled.low, mode)), _mm256_cvtph_ps(_mm256_cvtps_ph(scaled.high, mode))};
     } else if constexpr (dtype == DType::bf16) {
-      if (!is_finite(absmax)) return {_mm256_set1_ps(kNaN), _mm256_set1_ps(kNaN)};
+      if (absmax != absmax) return {_mm256_set1_ps(kNaN), _mm256_set1_ps(kNaN)};
       const __m256i upper = _mm256_set1_epi32(int(0xffff0000u));
       return {_mm256_castsi256_ps(_mm256_and_si256(round_bf16(scaled.low), upper)),
               _mm256_castsi256_ps(_mm256_and_si256(round_bf16(scaled.high), upper))};

@@ -209,7 +209,7 @@ inline __attribute__((always_inline)) __m512i table16(__m512 levels, float absma
   __m512 scaled = _mm512_mul_ps(levels, _mm512_set1_ps(absmax));
   if constexpr (dtype == DType::bf16) {
     // To nearest even by integer arithmetic: vcvtneps2bf16 would flush subnormals. Then the upper words, twice.
-    if (!is_finite(absmax)) scaled = _mm512_set1_ps(kNaN);
+    if (absmax != absmax) scaled = _mm512_set1_ps(kNaN);
     __m512i bits = _mm512_castps_si512(scaled);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
