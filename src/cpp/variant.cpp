@@ -17,6 +17,9 @@ const Variant* const kCompiled[] = {
     &avx512_variant,
     &avx512_bf16_variant,
 #endif
+#ifdef QLORA_NEON
+    &neon_variant,
+#endif
 };
 
 const Variant* find(const std::string& name) {

@@ -50,7 +50,7 @@ struct Variant {
   int linear_x_bytes[3];
 };
 
-extern const Variant scalar_variant, avx2_variant, avx512_variant, avx512_bf16_variant;
+extern const Variant scalar_variant, avx2_variant, avx512_variant, avx512_bf16_variant, neon_variant;
 
 const Variant& variant();  // the one in use
 
