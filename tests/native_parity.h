@@ -24,7 +24,9 @@ inline size_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 inline int failures = 0;
 
 inline void fail(const std::string& what) {
-  if (++failures <= 20) std::printf("FAILED %s\n", what.c_str());
+  if (++failures > 20) return;
+  std::printf("FAILED %s\n", what.c_str());
+  std::fflush(stdout);  // should the next case crash
 }
 
 // --- numbers: integer arithmetic and exact floating point only ---------------------------------------------------------
