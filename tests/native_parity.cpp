@@ -192,7 +192,6 @@ struct Product {
 struct Layer {
   DType dtype;
   Tensor tensor;
-  std::vector<float> absmax;
   Input weight, bias, x;
   std::vector<Product> products;  // (kMostTokens, rows)
 

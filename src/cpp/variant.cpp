@@ -13,7 +13,9 @@ namespace {
 const Variant* const kCompiled[] = {
     &scalar_variant,
 #ifdef QLORA_X86
-    &avx2_variant,   &avx512_variant, &avx512_bf16_variant,
+    &avx2_variant,    //
+    &avx512_variant,  //
+    &avx512_bf16_variant,
 #endif
 #ifdef QLORA_NEON
     &neon_variant,
