@@ -268,13 +268,14 @@ struct Values {
 };
 
 template <DType dtype>
-void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t block_size, const Codebook& codebook,
-                void* out_) {
+void dequantize(const uint8_t* packed, const BlockAbsmax& absmax, int64_t n, int64_t block_size,
+                const Codebook& codebook, void* out_) {
   auto* out = static_cast<typename Element<dtype>::type*>(out_);
   const Floats levels = load16(codebook.levels);
-  for (; n > 0; n -= block_size, out += block_size, packed += block_size / 2, ++absmax) {
+  for (int64_t block = 0; n > 0; n -= block_size, out += block_size, packed += block_size / 2, ++block) {
+    const float* scale = absmax_of(absmax, block);
     const int64_t size = n < block_size ? n : block_size, whole = size & ~int64_t(31);
-    const Values<dtype> values(levels, *absmax);
+    const Values<dtype> values(levels, *scale);
     for (int64_t i = 0; i < whole; i += 32) {
       uint8x16_t bytes = vld1q_u8(packed + i / 2);
       uint8x16_t first = vshrq_n_u8(bytes, 4), second = vandq_u8(bytes, vdupq_n_u8(15));
@@ -282,7 +283,7 @@ void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t b
       values.decode16(vzip2q_u8(first, second), out + i + 16);
     }
     if (whole < size) {
-      scalar_variant.dequantize[int(dtype)](packed + whole / 2, absmax, size - whole, block_size, codebook,
+      scalar_variant.dequantize[int(dtype)](packed + whole / 2, {scale, nullptr}, size - whole, block_size, codebook,
                                             out + whole);
     }
   }
@@ -291,8 +292,8 @@ void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t b
 // --- double quantization -------------------------------------------------------------------------------------------------
 
 // The upper half of the bisection in registers, the lower half, without a gather, one element at a time.
-void double_quantize(const float* absmax, int64_t n, float mean, const Map8& map, uint8_t* codes,
-                     float* nested_absmax) {
+void double_quantize_group(const float* absmax, int64_t n, float mean, const Map8& map, uint8_t* codes,
+                           float* nested_absmax) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
     uint32_t magnitude = float_to_bits(absmax[i] - mean) & 0x7fffffffu;
@@ -300,7 +301,7 @@ void double_quantize(const float* absmax, int64_t n, float mean, const Map8& map
   }
   float scale = largest >= kInfinityBits ? kNaN : bits_to_float(largest);
   if (!(scale >= kSmallestNormal && scale <= kLargestInvertible)) {  // rare: zero, NaN, huge
-    scalar_variant.double_quantize(absmax, n, mean, map, codes, nested_absmax);
+    scalar_variant.double_quantize(absmax, n, n, mean, map, codes, nested_absmax);
     return;
   }
   *nested_absmax = scale;
@@ -326,17 +327,11 @@ void double_quantize(const float* absmax, int64_t n, float mean, const Map8& map
   }
 }
 
-void double_dequantize(const Absmax& absmax, int64_t first, int64_t n, float* out) {
-  const float mean = *absmax.mean;
-  while (n > 0) {
-    int64_t group = first / absmax.nested_block_size, room = (group + 1) * absmax.nested_block_size - first;
-    int64_t size = n < room ? n : room;
-    const float scale = absmax.nested_absmax[group];
-    const uint8_t* codes = absmax.codes + first;
-    for (int64_t i = 0; i < size; ++i) out[i] = double_decode(absmax.map[codes[i]], scale, mean);
-    first += size;
-    out += size;
-    n -= size;
+void double_quantize(const float* absmax, int64_t n, int64_t nested_block_size, float mean, const Map8& map,
+                     uint8_t* codes, float* nested_absmax) {
+  for (int64_t first = 0; first < n; first += nested_block_size) {
+    int64_t size = n - first < nested_block_size ? n - first : nested_block_size;
+    double_quantize_group(absmax + first, size, mean, map, codes + first, nested_absmax++);
   }
 }
 
@@ -400,10 +395,7 @@ struct F32Lanes {
   }
 };
 
-Variant make_variant() {
-  Variant variant = scalar_variant;
-  variant.name = "neon";
-  variant.supported = [] { return true; };  // wherever this file can be compiled
+void extend(Variant& variant) {
   variant.quantize[0] = quantize<DType::f32>;
   variant.quantize[1] = quantize<DType::bf16>;
   variant.quantize[2] = quantize<DType::f16>;
@@ -411,7 +403,6 @@ Variant make_variant() {
   variant.dequantize[1] = dequantize<DType::bf16>;
   variant.dequantize[2] = dequantize<DType::f16>;
   variant.double_quantize = double_quantize;
-  variant.double_dequantize = double_dequantize;
   variant.linear_rows[0] = linear_rows<F32Lanes<DType::f32>, DType::f32>;
   variant.linear_rows[1] = linear_rows<F32Lanes<DType::bf16>, DType::bf16>;
   variant.linear_rows[2] = linear_rows<F32Lanes<DType::f16>, DType::f16>;
@@ -419,11 +410,11 @@ Variant make_variant() {
   variant.linear_prepare[1] = linear_prepare<F32Lanes<DType::bf16>, DType::bf16>;
   variant.linear_prepare[2] = linear_prepare<F32Lanes<DType::f16>, DType::f16>;
   for (int& bytes : variant.linear_x_bytes) bytes = 4;
-  return variant;
 }
 
 }  // namespace
 
-const Variant neon_variant = make_variant();
+// Supported wherever this file can be compiled.
+const InstructionSet neon = {"neon", [] { return true; }, extend};
 
 }  // namespace qlora
