@@ -87,6 +87,11 @@ void bind_cpu(py::module_ m) {
     set_num_threads(threads);
     dequantize_4bit(w.weight, w.codebook, pointer<void>(out), DType(dtype), row_stride);
   });
+  m.def("absmax_mean", [](Address absmax, int64_t n, Address mean, int threads) {
+    py::gil_scoped_release release;
+    set_num_threads(threads);
+    return absmax_mean(pointer<float>(absmax), n, pointer<float>(mean));
+  });
   m.def("double_quantize", [](Address absmax, int64_t n, Address mean, int64_t nested_block_size, const py::bytes& map,
                               Address codes, Address nested_absmax, int threads) {
     auto map8 = table<Map8>(map);

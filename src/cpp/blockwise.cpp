@@ -11,31 +11,50 @@ constexpr int64_t kGrain = 32 * 1024;  // elements: a few microseconds, and a mu
 int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 // One element, for the head of a row that starts in the middle of a byte.
-void dequantize_head(const Weight4bit& weight, const float* absmax, const Codebook& codebook, int64_t i, DType dtype,
-                     char* out) {
+void dequantize_head(const Weight4bit& weight, const BlockAbsmax& absmax, const Codebook& codebook, int64_t i,
+                     DType dtype, char* out) {
   uint8_t pair[1] = {uint8_t(weight.packed[i / 2] << 4)};  // the low nibble, as a first element
   variant().dequantize[int(dtype)](pair, absmax, 1, weight.block_size, codebook, out);
 }
+
+// Where a thread finds absmax. Under double quantization absmax' takes only 256 values in a nested group: computed once,
+// and looked up by code inside the loops.
+class Scales {
+ public:
+  explicit Scales(const Absmax& absmax) : absmax_(absmax), isa_(variant()) {}
+
+  BlockAbsmax from(int64_t block) {
+    if (!absmax_.codes) return {absmax_.absmax + block, nullptr};
+    const int64_t group = block / absmax_.nested_block_size;
+    if (group != group_) isa_.nested_values(absmax_.map, absmax_.nested_absmax[group], *absmax_.mean, values_);
+    group_ = group;
+    return {values_, absmax_.codes + block};
+  }
+  // How many blocks from(block) covers.
+  int64_t reach(int64_t block) const {
+    constexpr int64_t kAll = INT64_MAX / 4096;  // times a block size is no overflow
+    return absmax_.codes ? absmax_.nested_block_size - block % absmax_.nested_block_size : kAll;
+  }
+
+ private:
+  const Absmax& absmax_;
+  const Variant& isa_;
+  int64_t group_ = -1;  // whose values these are
+  float values_[256];
+};
 
 // Elements first .. first + count of the flattened weight -> out (count) of `dtype`, on the calling thread.
 void dequantize_run(const Weight4bit& weight, const Codebook& codebook, int64_t first, int64_t count, DType dtype,
                     void* out_) {
   const Variant& isa = variant();
   char* out = static_cast<char*>(out_);
-  constexpr int64_t kBlocks = 256;
-  float decoded[kBlocks];
+  Scales scales(weight.absmax);
   while (count > 0) {
-    int64_t block = first / weight.block_size, offset = first % weight.block_size;
-    int64_t room = offset ? weight.block_size - offset : kBlocks * weight.block_size;  // up to where this step may go
-    int64_t size = std::min(count, room);
-    const float* absmax = weight.absmax.absmax + block;
-    if (weight.absmax.codes) {
-      int64_t blocks = (offset + size + weight.block_size - 1) / weight.block_size;
-      isa.double_dequantize(weight.absmax, block, blocks, decoded);
-      absmax = decoded;
-    }
+    const int64_t block = first / weight.block_size, offset = first % weight.block_size;
+    const BlockAbsmax absmax = scales.from(block);
+    int64_t size = offset ? weight.block_size - offset : scales.reach(block) * weight.block_size;
+    size = first % 2 ? 1 : std::min(size, count);
     if (first % 2) {
-      size = 1;
       dequantize_head(weight, absmax, codebook, first, dtype, out);
     } else {
       isa.dequantize[int(dtype)](weight.packed + first / 2, absmax, size, weight.block_size, codebook, out);

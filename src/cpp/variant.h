@@ -2,8 +2,10 @@
 //
 // The portable files (blockwise.cpp, double_quant.cpp, linear.cpp) cut the work into such pieces; a variant fills this
 // table. Every variant gives the same bits. A variant file may include only headers whose functions are always inlined
-// (math.h, element.h): anything else it emits could be the copy that the linker keeps for older CPUs.
+// (math.h, element.h): anything else it emits could be the copy that the linker keeps for older CPUs. Nor may it run
+// anything when the module is loaded.
 #pragma once
+#include "math.h"
 #include "types.h"
 
 namespace qlora {
@@ -29,21 +31,32 @@ struct LinearScratch {
   void* sums;          // kLinearRows registers of 64 bytes a token
 };
 
+// absmax of the blocks of a run: values[b], or under double quantization values[codes[b]], where `values` holds what the
+// 256 codes mean in the run's nested group.
+struct BlockAbsmax {
+  const float* values;
+  const uint8_t* codes;  // null: flat
+};
+QLORA_HD const float* absmax_of(const BlockAbsmax& absmax, int64_t block) {
+  return absmax.values + (absmax.codes ? absmax.codes[block] : block);
+}
+
 struct Variant {
   const char* name;
-  bool (*supported)();  // by the CPU this runs on
 
   // By DType. A run starts at a block boundary; its last block may be short, its last byte half used.
   void (*quantize[3])(const void* x, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
                       float* absmax);
-  void (*dequantize[3])(const uint8_t* packed, const float* absmax, int64_t n, int64_t block_size,
+  void (*dequantize[3])(const uint8_t* packed, const BlockAbsmax& absmax, int64_t n, int64_t block_size,
                         const Codebook& codebook, void* out);
 
-  // One nested group: n <= nested_block_size values and their one nested_absmax.
-  void (*double_quantize)(const float* absmax, int64_t n, float mean, const Map8& map, uint8_t* codes,
-                          float* nested_absmax);
-  // out[i] = absmax of block first + i, reconstructed
-  void (*double_dequantize)(const Absmax& absmax, int64_t first, int64_t n, float* out);
+  // A run of nested groups, the last of which may be short: n values, a nested_absmax a group.
+  void (*double_quantize)(const float* absmax, int64_t n, int64_t nested_block_size, float mean, const Map8& map,
+                          uint8_t* codes, float* nested_absmax);
+  // values[code] = absmax' of each of the 256 codes in a nested group
+  void (*nested_values)(const float* map, float nested_absmax, float mean, float* values);
+  // The float64 sum of float32 values, in any order; NaN if one has its sign bit set
+  double (*sum_of_positive)(const float* x, int64_t n);
 
   // By DType, null where there is none: rows begin .. end of y = x W'^T + bias. Whole blocks a row, block_size >= 64.
   void (*linear_rows[3])(const LinearRows& call, LinearScratch& scratch, int64_t begin, int64_t end);
@@ -52,7 +65,16 @@ struct Variant {
   int linear_x_bytes[3];
 };
 
-extern const Variant scalar_variant, avx2_variant, avx512_variant, avx512_bf16_variant;
+extern const Variant scalar_variant;
+
+// What an instruction set does better: `extend` replaces entries of the variant before it. It is called only where
+// `supported` says so, as its code may use the instructions itself.
+struct InstructionSet {
+  const char* name;
+  bool (*supported)();  // by the CPU this runs on
+  void (*extend)(Variant& variant);
+};
+extern const InstructionSet avx2, avx512, avx512_vbmi, avx512_bf16, neon;
 
 const Variant& variant();  // the one in use
 

@@ -11,7 +11,7 @@ namespace qlora {
 namespace {
 
 constexpr uint32_t kInfinityBits = 0x7f800000u;
-const float kNaN = bits_to_float(0x7fc00000u);
+constexpr float kNaN = __builtin_nanf("");
 
 inline __attribute__((always_inline)) __m256i load_bytes(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
@@ -115,6 +115,12 @@ struct Levels {
     __m256 scale = _mm256_set1_ps(absmax);
     return {_mm256_mul_ps(low, scale), _mm256_mul_ps(high, scale)};
   }
+  // Every NaN the one that rounds to bfloat16's 0x7fc0.
+  Levels with_one_nan() const {
+    const __m256 nan = _mm256_set1_ps(kNaN);
+    return {_mm256_blendv_ps(low, nan, _mm256_cmp_ps(low, low, _CMP_UNORD_Q)),
+            _mm256_blendv_ps(high, nan, _mm256_cmp_ps(high, high, _CMP_UNORD_Q))};
+  }
   // Each dword of `index` chooses by its lowest 4 bits.
   inline __attribute__((always_inline)) __m256 operator[](__m256i index) const {
     __m256 chosen = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 becomes the sign
@@ -132,7 +138,7 @@ inline __attribute__((always_inline)) void byte_tables(const Levels& levels, flo
     words[0] = _mm256_cvtps_ph(scaled.low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     words[1] = _mm256_cvtps_ph(scaled.high, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   } else {
-    if (!is_finite(absmax)) scaled = {_mm256_set1_ps(kNaN), _mm256_set1_ps(kNaN)};
+    if (!is_finite(absmax)) scaled = scaled.with_one_nan();
     __m256i low = _mm256_srli_epi32(round_bf16(scaled.low), 16), high = _mm256_srli_epi32(round_bf16(scaled.high), 16);
     words[0] = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
     words[1] = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
@@ -172,15 +178,16 @@ inline __attribute__((always_inline)) void dequantize_block(const uint8_t* packe
 }
 
 template <DType dtype>
-void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t block_size, const Codebook& codebook,
-                void* out_) {
+void dequantize(const uint8_t* packed, const BlockAbsmax& absmax, int64_t n, int64_t block_size,
+                const Codebook& codebook, void* out_) {
   auto* out = static_cast<typename Element<dtype>::type*>(out_);
   const Levels levels(codebook);
-  for (; n > 0; n -= block_size, out += block_size, packed += block_size / 2, ++absmax) {
+  for (int64_t block = 0; n > 0; n -= block_size, out += block_size, packed += block_size / 2, ++block) {
     int64_t size = n < block_size ? n : block_size, whole = size & ~int64_t(31);
-    dequantize_block<dtype>(packed, *absmax, whole, levels, out);
+    const float* scale = absmax_of(absmax, block);
+    dequantize_block<dtype>(packed, *scale, whole, levels, out);
     if (whole < size) {
-      scalar_variant.dequantize[int(dtype)](packed + whole / 2, absmax, size - whole, block_size, codebook,
+      scalar_variant.dequantize[int(dtype)](packed + whole / 2, {scale, nullptr}, size - whole, block_size, codebook,
                                             out + whole);
     }
   }
@@ -209,7 +216,7 @@ struct F32Lanes {
       constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
       return {_mm256_cvtph_ps(_mm256_cvtps_ph(scaled.low, mode)), _mm256_cvtph_ps(_mm256_cvtps_ph(scaled.high, mode))};
     } else if constexpr (dtype == DType::bf16) {
-      if (!is_finite(absmax)) return {_mm256_set1_ps(kNaN), _mm256_set1_ps(kNaN)};
+      if (!is_finite(absmax)) scaled = scaled.with_one_nan();
       const __m256i upper = _mm256_set1_epi32(int(0xffff0000u));
       return {_mm256_castsi256_ps(_mm256_and_si256(round_bf16(scaled.low), upper)),
               _mm256_castsi256_ps(_mm256_and_si256(round_bf16(scaled.high), upper))};
@@ -251,12 +258,11 @@ constexpr auto f32_rows = linear_rows<F32Lanes<dtype>, dtype>;
 template <DType dtype>
 constexpr auto f32_prepare = linear_prepare<F32Lanes<dtype>, dtype>;
 
-Variant make_variant() {
-  Variant variant = scalar_variant;
-  variant.name = "avx2";
-  variant.supported = [] {
-    return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"));
-  };
+bool supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+void extend(Variant& variant) {
   variant.quantize[0] = quantize<DType::f32>;
   variant.quantize[1] = quantize<DType::bf16>;
   variant.quantize[2] = quantize<DType::f16>;
@@ -270,11 +276,10 @@ Variant make_variant() {
   variant.linear_prepare[1] = f32_prepare<DType::bf16>;
   variant.linear_prepare[2] = f32_prepare<DType::f16>;
   for (int& bytes : variant.linear_x_bytes) bytes = 4;
-  return variant;
 }
 
 }  // namespace
 
-const Variant avx2_variant = make_variant();
+const InstructionSet avx2 = {"avx2", supported, extend};
 
 }  // namespace qlora

@@ -11,7 +11,7 @@ namespace qlora {
 namespace {
 
 constexpr uint32_t kInfinityBits = 0x7f800000u;
-const float kNaN = bits_to_float(0x7fc00000u);
+constexpr float kNaN = __builtin_nanf("");
 
 // --- quantize ----------------------------------------------------------------------------------------------------------
 // 32 elements make 16 bytes: the even elements in one register of 16 floats, the odd in another, so that
@@ -201,38 +201,8 @@ void quantize(const void* x, int64_t n, int64_t block_size, const Codebook& code
 }
 
 // --- dequantize --------------------------------------------------------------------------------------------------------
-// A block has 16 different values: scale and round the table once, then look up. Only the low bits of an index count
-// (5 of a word, 4 of a dword), so a nibble is never masked: the 16-bit table is stored twice.
 
-// The 16 values of a block as 16-bit words, twice.
-template <DType dtype>
-inline __attribute__((always_inline)) __m512i table16(__m512 levels, float absmax) {
-  __m512 scaled = _mm512_mul_ps(levels, _mm512_set1_ps(absmax));
-  if constexpr (dtype == DType::bf16) {
-    // To nearest even by integer arithmetic: vcvtneps2bf16 would flush subnormals. Then the upper words, twice.
-    if (!is_finite(absmax)) scaled = _mm512_set1_ps(kNaN);
-    __m512i bits = _mm512_castps_si512(scaled);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-    const __m512i upper_words = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1,  //
-                                                 31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-    return _mm512_permutexvar_epi16(upper_words, up);
-  } else {
-    return _mm512_broadcast_i64x4(_mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  }
-}
-
-// 16 bytes -> 32 values. Every lane gets the bytes, takes its four, each twice as words, the first one shifted by 4.
-inline __attribute__((always_inline)) void decode32(const uint8_t* packed, __m512i table, void* out) {
-  const __m512i spread = _mm512_setr_epi32(int(0x80008000), int(0x80018001), int(0x80028002), int(0x80038003),
-                                           int(0x80048004), int(0x80058005), int(0x80068006), int(0x80078007),
-                                           int(0x80088008), int(0x80098009), int(0x800a800a), int(0x800b800b),
-                                           int(0x800c800c), int(0x800d800d), int(0x800e800e), int(0x800f800f));
-  const __m512i phase = _mm512_set1_epi32(0x00000004);
-  __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
-  __m512i index = _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, spread), phase);
-  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table));
-}
+#include "variant_avx512_dequantize.h"
 
 // 8 bytes -> 16 values: dwords 0-7 see the first four bytes, 8-15 the others, each its own nibble.
 inline __attribute__((always_inline)) void decode16(const uint8_t* packed, __m512 table, float* out) {
@@ -243,113 +213,94 @@ inline __attribute__((always_inline)) void decode16(const uint8_t* packed, __m51
   _mm512_storeu_ps(out, _mm512_permutexvar_ps(_mm512_srlv_epi32(bytes, nibble), table));
 }
 
-// `whole` elements of one block, a multiple of 32.
 template <DType dtype>
-inline __attribute__((always_inline)) void dequantize_block(const uint8_t* packed, float absmax, int64_t whole,
-                                                            __m512 levels, typename Element<dtype>::type* out) {
-  if constexpr (dtype == DType::f32) {
-    __m512 table = _mm512_mul_ps(levels, _mm512_set1_ps(absmax));
-    for (int64_t i = 0; i < whole; i += 16) decode16(packed + i / 2, table, out + i);
-  } else {
-    __m512i table = table16<dtype>(levels, absmax);
-    for (int64_t i = 0; i < whole; i += 32) decode32(packed + i / 2, table, out + i);
-  }
-}
+struct Decoder {
+  __m512 levels;
 
-template <DType dtype>
-void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t block_size, const Codebook& codebook,
-                void* out_) {
-  auto* out = static_cast<typename Element<dtype>::type*>(out_);
-  const __m512 levels = _mm512_loadu_ps(codebook.levels);
-  if (block_size == 64) {  // the same, unrolled
-    for (; n >= 64; n -= 64, out += 64, packed += 32) dequantize_block<dtype>(packed, *absmax++, 64, levels, out);
-  }
-  for (; n > 0; n -= block_size, out += block_size, packed += block_size / 2, ++absmax) {
-    int64_t size = n < block_size ? n : block_size, whole = size & ~int64_t(31);
-    dequantize_block<dtype>(packed, *absmax, whole, levels, out);
-    if (whole < size) {
-      scalar_variant.dequantize[int(dtype)](packed + whole / 2, absmax, size - whole, block_size, codebook,
-                                            out + whole);
+  explicit Decoder(const Codebook& codebook) : levels(_mm512_loadu_ps(codebook.levels)) {}
+  QLORA_INLINE void operator()(const uint8_t* packed, const float* absmax, int64_t whole,
+                               typename Element<dtype>::type* out) const {
+    if constexpr (dtype == DType::f32) {
+      __m512 table = _mm512_mul_ps(levels, _mm512_set1_ps(*absmax));
+      for (int64_t i = 0; i < whole; i += 16) decode16(packed + i / 2, table, out + i);
+    } else {
+      __m512i table = table16<dtype>(levels, absmax);
+      for (int64_t i = 0; i < whole; i += 32) decode32(packed + i / 2, table, out + i);
     }
-  }
-}
-
-// --- double quantization -------------------------------------------------------------------------------------------------
-
-void double_quantize(const float* absmax, int64_t n, float mean, const Map8& map, uint8_t* codes,
-                     float* nested_absmax) {
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t magnitude = float_to_bits(absmax[i] - mean) & 0x7fffffffu;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  float scale = largest >= kInfinityBits ? kNaN : bits_to_float(largest);
-  if (!(scale >= kSmallestNormal && scale <= kLargestInvertible)) {  // rare: zero, NaN, huge
-    scalar_variant.double_quantize(absmax, n, mean, map, codes, nested_absmax);
-    return;
-  }
-  *nested_absmax = scale;
-  int lowest = 0;
-  while (lowest < 255 && !(double_decode(map.levels[lowest], scale, mean) >= 0.0f)) ++lowest;
-  if (!(double_decode(map.levels[lowest], scale, mean) >= 0.0f)) lowest = 0;
-
-  float every16th[16];
-  for (int k = 0; k < 15; ++k) every16th[k] = map.thresholds[16 * k + 15];
-  const Bisection coarse(every16th);
-  const __m512 inverse = _mm512_set1_ps(1.0f / scale);
-  for (int64_t i = 0; i < n; i += 16) {
-    __mmask16 valid = n - i >= 16 ? 0xffff : __mmask16((1 << (n - i)) - 1);
-    __m512 d = _mm512_sub_ps(_mm512_maskz_loadu_ps(valid, absmax + i), _mm512_set1_ps(mean));
-    __m512 s = _mm512_mul_ps(d, inverse);
-    __m512i count = _mm512_slli_epi32(coarse(s), 4);
-    for (int step = 8; step; step /= 2) {
-      __m512 next = _mm512_i32gather_ps(count, map.thresholds + step - 1, 4);
-      __mmask16 above = _mm512_cmp_ps_mask(next, s, _CMP_LT_OQ);
-      count = _mm512_mask_add_epi32(count, above, count, _mm512_set1_epi32(step));
-    }
-    count = _mm512_max_epi32(count, _mm512_set1_epi32(lowest));
-    _mm_mask_storeu_epi8(codes + i, valid, _mm512_cvtepi32_epi8(count));
-  }
-}
-
-// map[code] for 16 codes by shuffles, cheaper here than a gather: the map lies in 16 registers; the low 5 bits of a code
-// choose in each pair of them, then each of the high 3 bits halves the number of candidates.
-struct Map256 {
-  __m512 part[16];
-
-  explicit Map256(const float* map) {
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) part[i] = _mm512_loadu_ps(map + 16 * i);
-  }
-
-  inline __attribute__((always_inline)) __m512 operator()(__m512i code) const {
-    __mmask16 bit5 = _mm512_test_epi32_mask(code, _mm512_set1_epi32(32));
-    __mmask16 bit6 = _mm512_test_epi32_mask(code, _mm512_set1_epi32(64));
-    __mmask16 bit7 = _mm512_test_epi32_mask(code, _mm512_set1_epi32(128));
-    auto in32 = [&](int i) { return _mm512_permutex2var_ps(part[2 * i], code, part[2 * i + 1]); };
-    auto in64 = [&](int i) { return _mm512_mask_blend_ps(bit5, in32(i), in32(i + 1)); };
-    auto in128 = [&](int i) { return _mm512_mask_blend_ps(bit6, in64(i), in64(i + 2)); };
-    return _mm512_mask_blend_ps(bit7, in128(0), in128(4));
   }
 };
 
-void double_dequantize(const Absmax& absmax, int64_t first, int64_t n, float* out) {
-  const __m512 mean = _mm512_set1_ps(*absmax.mean);
-  const Map256 map(absmax.map);
-  while (n > 0) {
-    int64_t group = first / absmax.nested_block_size, room = (group + 1) * absmax.nested_block_size - first;
-    int64_t size = n < room ? n : room;
-    const __m512 scale = _mm512_set1_ps(absmax.nested_absmax[group]);
+// --- double quantization -------------------------------------------------------------------------------------------------
+
+#include "variant_avx512_search.h"
+
+// Bits of the largest |absmax - mean|.
+uint32_t largest_deviation(const float* absmax, int64_t n, float mean) {
+  const __m512 means = _mm512_set1_ps(mean);
+  __m512i largest = _mm512_setzero_si512();
+  for (int64_t i = 0; i < n; i += 16) {
+    __mmask16 valid = n - i >= 16 ? 0xffff : __mmask16((1 << (n - i)) - 1);
+    __m512i bits = _mm512_castps_si512(_mm512_sub_ps(_mm512_mask_loadu_ps(means, valid, absmax + i), means));
+    largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+  }
+  return uint32_t(_mm512_reduce_max_epu32(largest));
+}
+
+// The lowest entry that reconstructs to >= 0, by bisection as they ascend; 0 if none does.
+int lowest_positive(const Map8& map, float scale, float mean) {
+  int below = 0;
+  for (int step = 128; step; step /= 2) {
+    below += double_decode(map.levels[below + step - 1], scale, mean) >= 0.0f ? 0 : step;
+  }
+  return double_decode(map.levels[below], scale, mean) >= 0.0f ? below : 0;
+}
+
+void double_quantize(const float* absmax, int64_t n, int64_t nested_block_size, float mean, const Map8& map,
+                     uint8_t* codes, float* nested_absmax) {
+  const Search256 count_below(map.thresholds);
+  for (; n > 0; n -= nested_block_size, absmax += nested_block_size, codes += nested_block_size, ++nested_absmax) {
+    const int64_t size = n < nested_block_size ? n : nested_block_size;
+    const float scale = bits_to_float(largest_deviation(absmax, size, mean));
+    if (!(scale >= kSmallestNormal && scale <= kLargestInvertible)) {  // rare: zero, NaN, huge
+      scalar_variant.double_quantize(absmax, size, nested_block_size, mean, map, codes, nested_absmax);
+      continue;
+    }
+    *nested_absmax = scale;
+    const __m512i lowest = _mm512_set1_epi32(lowest_positive(map, scale, mean));
+    const __m512 inverse = _mm512_set1_ps(1.0f / scale);
     for (int64_t i = 0; i < size; i += 16) {
       __mmask16 valid = size - i >= 16 ? 0xffff : __mmask16((1 << (size - i)) - 1);
-      __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(valid, absmax.codes + first + i));
-      __m512 level = map(code);
-      _mm512_mask_storeu_ps(out + i, valid, _mm512_add_ps(_mm512_mul_ps(level, scale), mean));
+      __m512 d = _mm512_sub_ps(_mm512_maskz_loadu_ps(valid, absmax + i), _mm512_set1_ps(mean));
+      __m512i count = _mm512_max_epi32(count_below(_mm512_mul_ps(d, inverse)), lowest);
+      _mm_mask_storeu_epi8(codes + i, valid, _mm512_cvtepi32_epi8(count));
     }
-    first += size;
-    out += size;
-    n -= size;
   }
+}
+
+void nested_values(const float* map, float nested_absmax, float mean, float* values) {
+  const __m512 scale = _mm512_set1_ps(nested_absmax), means = _mm512_set1_ps(mean);
+  for (int code = 0; code < 256; code += 16) {
+    __m512 product = _mm512_mul_ps(_mm512_loadu_ps(map + code), scale);
+    _mm512_storeu_ps(values + code, _mm512_add_ps(product, means));
+  }
+}
+
+double sum_of_positive(const float* x, int64_t n) {
+  __m512d sum[4] = {};
+  __m512i bits = _mm512_setzero_si512();
+  for (int64_t i = 0; i < n; i += 32) {
+    for (int half = 0; half < 2; ++half) {
+      const int64_t rest = n - i - 16 * half;
+      const __mmask16 valid = rest >= 16 ? 0xffff : rest > 0 ? __mmask16((1 << rest) - 1) : 0;
+      const __m512 values = _mm512_maskz_loadu_ps(valid, x + i + 16 * half);
+      bits = _mm512_or_si512(bits, _mm512_castps_si512(values));
+      sum[2 * half] = _mm512_add_pd(sum[2 * half], _mm512_cvtps_pd(_mm512_castps512_ps256(values)));
+      sum[2 * half + 1] =
+          _mm512_add_pd(sum[2 * half + 1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(values, 1)));
+    }
+  }
+  if (_mm512_movepi32_mask(bits)) return double(kNaN);
+  return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(sum[0], sum[1]), _mm512_add_pd(sum[2], sum[3])));
 }
 
 // --- linear --------------------------------------------------------------------------------------------------------------
@@ -381,7 +332,7 @@ struct F32Lanes {
     if constexpr (dtype == DType::f16) {
       return _mm512_cvtph_ps(_mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     } else if constexpr (dtype == DType::bf16) {
-      __m512i words = table16<dtype>(levels, absmax);
+      __m512i words = table16<dtype>(levels, &absmax);
       return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(words)), 16));
     } else {
       return scaled;
@@ -419,21 +370,31 @@ constexpr auto f32_rows = linear_rows<F32Lanes<dtype>, dtype>;
 template <DType dtype>
 constexpr auto f32_prepare = linear_prepare<F32Lanes<dtype>, dtype>;
 
+bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+template <DType dtype>
+void extend_dtype(Variant& variant) {
+  variant.quantize[int(dtype)] = quantize<dtype>;
+  variant.dequantize[int(dtype)] = dequantize<dtype, Decoder<dtype>>;
+  variant.linear_rows[int(dtype)] = f32_rows<dtype>;
+  variant.linear_prepare[int(dtype)] = f32_prepare<dtype>;
+  variant.linear_x_bytes[int(dtype)] = 4;
+}
+
+void extend(Variant& variant) {
+  extend_dtype<DType::f32>(variant);
+  extend_dtype<DType::bf16>(variant);
+  extend_dtype<DType::f16>(variant);
+  variant.double_quantize = double_quantize;
+  variant.nested_values = nested_values;
+  variant.sum_of_positive = sum_of_positive;
+}
+
 }  // namespace
 
-const Variant avx512_variant = {
-    "avx512",
-    [] {
-      return bool(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"));
-    },
-    {quantize<DType::f32>, quantize<DType::bf16>, quantize<DType::f16>},
-    {dequantize<DType::f32>, dequantize<DType::bf16>, dequantize<DType::f16>},
-    double_quantize,
-    double_dequantize,
-    {f32_rows<DType::f32>, f32_rows<DType::bf16>, f32_rows<DType::f16>},
-    {f32_prepare<DType::f32>, f32_prepare<DType::bf16>, f32_prepare<DType::f16>},
-    {4, 4, 4},
-};
+const InstructionSet avx512 = {"avx512", supported, extend};
 
 }  // namespace qlora

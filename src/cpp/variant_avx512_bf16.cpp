@@ -1,4 +1,5 @@
-// AVX512-BF16: products of bfloat16 pairs added in float32 (vdpbf16ps). The rest is variant_avx512.cpp's.
+// AVX512-BF16: products of bfloat16 pairs added in float32 (vdpbf16ps), and dequantize to bfloat16. The rest is
+// variant_avx512_vbmi.cpp's: every processor with BF16 has VBMI too, but for one (Cooper Lake), which runs avx512.
 //
 // vdpbf16ps and vcvtne2ps2bf16 take subnormals as zero: a weight or product below 2^-126 counts as 0 here, in the linear
 // layer only (class BOUND). oneDNN's bfloat16 product, torch's, does the same.
@@ -12,6 +13,38 @@
 
 namespace qlora {
 namespace {
+
+constexpr float kNaN = __builtin_nanf("");
+
+// --- dequantize --------------------------------------------------------------------------------------------------------
+
+#include "variant_avx512_dequantize.h"
+
+#include "variant_avx512_decode64.h"
+
+// The table by two instructions where none of its values is subnormal, Inf or NaN: vcvtne2ps2bf16 would not round those
+// as the reference does. absmax >= 2^-100 and nonzero levels >= 2^-26 in magnitude make sure of it.
+struct Decoder {
+  __m512 levels;
+  int exponents;  // how many, as upper halves of floats
+
+  explicit Decoder(const Codebook& codebook) : levels(_mm512_loadu_ps(codebook.levels)) {
+    __m512 magnitude = _mm512_abs_ps(levels);
+    __mmask16 tiny = _mm512_cmp_ps_mask(magnitude, _mm512_set1_ps(0x1p-26f), _CMP_LT_OQ);
+    exponents = tiny & _mm512_cmp_ps_mask(magnitude, _mm512_setzero_ps(), _CMP_NEQ_OQ) ? 0 : 0x7f80 - kLowest;
+  }
+  QLORA_INLINE void operator()(const uint8_t* packed, const float* absmax, int64_t whole, uint16_t* out) const {
+    if (__builtin_expect(uint16_t((upper_half(absmax) & 0x7fff) - kLowest) < exponents, 1)) {
+      __m512 scaled = _mm512_mul_ps(levels, _mm512_set1_ps(*absmax));
+      decode_words(packed, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(scaled, scaled)), whole, out);
+    } else {
+      decode_words(packed, table16<DType::bf16>(levels, absmax), whole, out);
+    }
+  }
+  static constexpr int kLowest = 0x0d80;  // of 2^-100
+};
+
+// --- linear --------------------------------------------------------------------------------------------------------------
 
 #include "linear_tile.h"
 
@@ -78,18 +111,17 @@ struct BF16Lanes {
   }
 };
 
-Variant make_variant() {
-  Variant variant = avx512_variant;
-  variant.name = "avx512_bf16";
-  variant.supported = [] { return avx512_variant.supported() && __builtin_cpu_supports("avx512bf16"); };
+bool supported() { return avx512_vbmi.supported() && __builtin_cpu_supports("avx512bf16"); }
+
+void extend(Variant& variant) {
+  variant.dequantize[int(DType::bf16)] = dequantize<DType::bf16, Decoder>;
   variant.linear_rows[int(DType::bf16)] = linear_rows<BF16Lanes, DType::bf16>;
   variant.linear_prepare[int(DType::bf16)] = linear_prepare<BF16Lanes, DType::bf16>;
   variant.linear_x_bytes[int(DType::bf16)] = 2;
-  return variant;
 }
 
 }  // namespace
 
-const Variant avx512_bf16_variant = make_variant();
+const InstructionSet avx512_bf16 = {"avx512_bf16", supported, extend};
 
 }  // namespace qlora
