@@ -16,12 +16,8 @@ struct Scales {
   int64_t mask;
   int nested_shift;  // log2 of the nested block size
 
-  inline __attribute__((always_inline)) const float* values_of(int64_t block) const {
-    return values + 256 * ((block >> nested_shift) & mask);
-  }
-  inline __attribute__((always_inline)) float operator[](int64_t block) const {
-    return codes ? values_of(block)[codes[block]] : absmax[block];
-  }
+  QLORA_INLINE const float* values_of(int64_t block) const { return values + 256 * ((block >> nested_shift) & mask); }
+  QLORA_INLINE float operator[](int64_t block) const { return codes ? values_of(block)[codes[block]] : absmax[block]; }
 };
 
 // absmax' of every code for the groups of blocks first .. last, which ascend from call to call, and for one group more: so
@@ -48,7 +44,7 @@ struct Step {
 
   // `absmax(s)` is that of the s-th group of 64.
   template <class Get>
-  static inline __attribute__((always_inline)) Step full(const Lanes& lanes, const uint8_t* packed, Get absmax) {
+  static QLORA_INLINE Step full(const Lanes& lanes, const uint8_t* packed, Get absmax) {
     if constexpr (Lanes::kSpan == 1) {
       return {Lanes::load(packed), lanes.table(absmax(0))};
     } else {
@@ -56,8 +52,8 @@ struct Step {
     }
   }
   // The last one of a row may have one group only; x is zero in the place of the other.
-  static inline __attribute__((always_inline)) Step any(const Lanes& lanes, const uint8_t* packed, const Scales& scales,
-                                                        int64_t first_block, int64_t group, int shift, bool half) {
+  static QLORA_INLINE Step any(const Lanes& lanes, const uint8_t* packed, const Scales& scales, int64_t first_block,
+                               int64_t group, int shift, bool half) {
     auto absmax = [&](int s) { return scales[first_block + ((group + s) >> shift)]; };
     if constexpr (Lanes::kSpan == 2) {
       if (half) return {Lanes::load_half(packed), lanes.table(absmax(0), 0.0f)};
@@ -68,8 +64,7 @@ struct Step {
 
 // R rows of the weight and T tokens at a time: R x T accumulators. `nested`: the absmax have codes. `by64`: blocks of 64.
 template <class Lanes, int R, int T, bool nested, bool by64>
-inline __attribute__((always_inline)) void tile(const LinearRows& call, const Scales& scales, int64_t row,
-                                                const char* x, float* sums) {
+QLORA_INLINE void tile(const LinearRows& call, const Scales& scales, int64_t row, const char* x, float* sums) {
   const Lanes lanes(*call.codebook);
   typename Lanes::Sum sum[R][T];
 #pragma GCC unroll 8
@@ -175,7 +170,7 @@ inline int64_t evenly(int64_t rest) {
 
 // f(a constant equal to `tokens`), 1 to T: the kernels want the number of tokens at compile time.
 template <int T, class F>
-inline __attribute__((always_inline)) void with_constant(int64_t tokens, const F& f) {
+QLORA_INLINE void with_constant(int64_t tokens, const F& f) {
   if (tokens == T) return f(std::integral_constant<int, T>());
   if constexpr (T > 1) with_constant<T - 1>(tokens, f);
 }
@@ -196,8 +191,8 @@ constexpr int64_t kChunk = 32;  // groups of 64 weights: with R rows a part of t
 
 // Groups first .. first + count of R rows -> out, row after row.
 template <class Lanes, int R>
-inline __attribute__((always_inline)) void decode_chunk(const LinearRows& call, const Scales& scales, int64_t row,
-                                                        int64_t first, int64_t count, char* out) {
+QLORA_INLINE void decode_chunk(const LinearRows& call, const Scales& scales, int64_t row, int64_t first, int64_t count,
+                               char* out) {
   const Lanes lanes(*call.codebook);
   const Weight4bit& weight = *call.weight;
   const int64_t blocks = weight.cols / weight.block_size;
@@ -295,7 +290,7 @@ void linear_rows(const LinearRows& call, LinearScratch& scratch, int64_t begin, 
 
 // A step of x, one element after the other; `source` says which element belongs to lane j.
 template <class Lanes, class T>
-inline __attribute__((always_inline)) void reorder_by_source(const T* x, typename Lanes::X* out) {
+QLORA_INLINE void reorder_by_source(const T* x, typename Lanes::X* out) {
   for (int j = 0; j < 64 * Lanes::kSpan; ++j) out[j] = Lanes::convert(x[Lanes::source(j)]);
 }
 

@@ -8,6 +8,8 @@
 #include "math.h"
 #include "types.h"
 
+#define QLORA_INLINE inline __attribute__((always_inline))  // variant files are for GCC and Clang
+
 namespace qlora {
 
 // One call of linear_4bit_forward, with what its threads share.

@@ -13,15 +13,11 @@ namespace {
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 constexpr float kNaN = __builtin_nanf("");
 
-inline __attribute__((always_inline)) __m256i load_bytes(const void* p) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
-}
-inline __attribute__((always_inline)) __m128i load_bytes16(const void* p) {
-  return _mm_loadu_si128(static_cast<const __m128i*>(p));
-}
+QLORA_INLINE __m256i load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+QLORA_INLINE __m128i load_bytes16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
 template <DType dtype>
-inline __attribute__((always_inline)) __m256 load8(const typename Element<dtype>::type* x) {
+QLORA_INLINE __m256 load8(const typename Element<dtype>::type* x) {
   if constexpr (dtype == DType::f32) return _mm256_loadu_ps(x);
   if constexpr (dtype == DType::f16) return _mm256_cvtph_ps(load_bytes16(x));
   if constexpr (dtype == DType::bf16) {
@@ -96,7 +92,7 @@ void quantize(const void* x_, int64_t n, int64_t block_size, const Codebook& cod
 // --- dequantize --------------------------------------------------------------------------------------------------------
 
 // Round to nearest even by integer arithmetic; the bfloat16 is the upper half of each dword, the lower half is noise.
-inline __attribute__((always_inline)) __m256i round_bf16(__m256 x) {
+QLORA_INLINE __m256i round_bf16(__m256 x) {
   __m256i bits = _mm256_castps_si256(x);
   __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
@@ -109,9 +105,9 @@ struct Levels {
   Levels() = default;
   explicit Levels(const Codebook& codebook)
       : low(_mm256_loadu_ps(codebook.levels)), high(_mm256_loadu_ps(codebook.levels + 8)) {}
-  inline __attribute__((always_inline)) Levels(__m256 low, __m256 high) : low(low), high(high) {}
+  QLORA_INLINE Levels(__m256 low, __m256 high) : low(low), high(high) {}
 
-  inline __attribute__((always_inline)) Levels scaled(float absmax) const {
+  QLORA_INLINE Levels scaled(float absmax) const {
     __m256 scale = _mm256_set1_ps(absmax);
     return {_mm256_mul_ps(low, scale), _mm256_mul_ps(high, scale)};
   }
@@ -122,7 +118,7 @@ struct Levels {
             _mm256_blendv_ps(high, nan, _mm256_cmp_ps(high, high, _CMP_UNORD_Q))};
   }
   // Each dword of `index` chooses by its lowest 4 bits.
-  inline __attribute__((always_inline)) __m256 operator[](__m256i index) const {
+  QLORA_INLINE __m256 operator[](__m256i index) const {
     __m256 chosen = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 becomes the sign
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), chosen);
   }
@@ -130,8 +126,7 @@ struct Levels {
 
 // The 16 values as 16-bit words, lower bytes in one register and upper bytes in the other, in both lanes.
 template <DType dtype>
-inline __attribute__((always_inline)) void byte_tables(const Levels& levels, float absmax, __m256i& lower,
-                                                       __m256i& upper) {
+QLORA_INLINE void byte_tables(const Levels& levels, float absmax, __m256i& lower, __m256i& upper) {
   Levels scaled = levels.scaled(absmax);
   __m128i words[2];
   if constexpr (dtype == DType::f16) {
@@ -150,8 +145,8 @@ inline __attribute__((always_inline)) void byte_tables(const Levels& levels, flo
 
 // `whole` elements of one block, a multiple of 32.
 template <DType dtype>
-inline __attribute__((always_inline)) void dequantize_block(const uint8_t* packed, float absmax, int64_t whole,
-                                                            const Levels& levels, typename Element<dtype>::type* out) {
+QLORA_INLINE void dequantize_block(const uint8_t* packed, float absmax, int64_t whole, const Levels& levels,
+                                   typename Element<dtype>::type* out) {
   if constexpr (dtype == DType::f32) {
     const __m256i nibble = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
     Levels table = levels.scaled(absmax);
@@ -209,8 +204,8 @@ struct F32Lanes {
 
   Levels levels;
 
-  inline __attribute__((always_inline)) explicit F32Lanes(const Codebook& codebook) : levels(codebook) {}
-  inline __attribute__((always_inline)) Table table(float absmax) const {
+  QLORA_INLINE explicit F32Lanes(const Codebook& codebook) : levels(codebook) {}
+  QLORA_INLINE Table table(float absmax) const {
     Levels scaled = levels.scaled(absmax);
     if constexpr (dtype == DType::f16) {
       constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
@@ -224,33 +219,25 @@ struct F32Lanes {
       return scaled;
     }
   }
-  static inline __attribute__((always_inline)) Bytes load(const uint8_t* packed) { return load_bytes(packed); }
-  inline __attribute__((always_inline)) Weights weights(Bytes bytes, const Table& table, int v) const {
+  static QLORA_INLINE Bytes load(const uint8_t* packed) { return load_bytes(packed); }
+  QLORA_INLINE Weights weights(Bytes bytes, const Table& table, int v) const {
     return table[_mm256_srli_epi32(bytes, 4 * v)];
   }
-  static inline __attribute__((always_inline)) __m256 load_x(const char* x) {
-    return _mm256_loadu_ps(reinterpret_cast<const float*>(x));
-  }
-  static inline __attribute__((always_inline)) void store(char* out, Weights w) {
-    _mm256_store_ps(reinterpret_cast<float*>(out), w);
-  }
-  static inline __attribute__((always_inline)) Sum zero() { return _mm256_setzero_ps(); }
-  static inline __attribute__((always_inline)) Sum add(Sum sum, Weights w, __m256 x) {
-    return _mm256_fmadd_ps(w, x, sum);
-  }
-  static inline __attribute__((always_inline)) float reduce(Sum sum) {
+  static QLORA_INLINE __m256 load_x(const char* x) { return _mm256_loadu_ps(reinterpret_cast<const float*>(x)); }
+  static QLORA_INLINE void store(char* out, Weights w) { _mm256_store_ps(reinterpret_cast<float*>(out), w); }
+  static QLORA_INLINE Sum zero() { return _mm256_setzero_ps(); }
+  static QLORA_INLINE Sum add(Sum sum, Weights w, __m256 x) { return _mm256_fmadd_ps(w, x, sum); }
+  static QLORA_INLINE float reduce(Sum sum) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
   }
-  static inline __attribute__((always_inline)) float convert(typename Element<dtype>::type x) {
-    return Element<dtype>::load(x);
-  }
-  static inline __attribute__((always_inline)) void reorder(const typename Element<dtype>::type* x, float* out) {
+  static QLORA_INLINE float convert(typename Element<dtype>::type x) { return Element<dtype>::load(x); }
+  static QLORA_INLINE void reorder(const typename Element<dtype>::type* x, float* out) {
     reorder_by_source<F32Lanes>(x, out);
   }
   // Which element of 64 belongs to lane j: dword j % 8, nibble v = j / 8, where the low nibble is the second element.
-  static inline __attribute__((always_inline)) int source(int j) { return 8 * (j % 8) + (j / 8 ^ 1); }
+  static QLORA_INLINE int source(int j) { return 8 * (j % 8) + (j / 8 ^ 1); }
 };
 
 template <DType dtype>

@@ -22,17 +22,17 @@ struct Pair {
 };
 
 template <DType dtype>
-inline __attribute__((always_inline)) Pair load_pair(const void* x);
+QLORA_INLINE Pair load_pair(const void* x);
 
 template <>
-inline __attribute__((always_inline)) Pair load_pair<DType::bf16>(const void* x) {
+QLORA_INLINE Pair load_pair<DType::bf16>(const void* x) {
   __m512i both = _mm512_loadu_si512(x);
   return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)),
           _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000u))))};
 }
 
 template <>
-inline __attribute__((always_inline)) Pair load_pair<DType::f32>(const void* x) {
+QLORA_INLINE Pair load_pair<DType::f32>(const void* x) {
   auto* p = static_cast<const float*>(x);
   __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + 16);
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -41,7 +41,7 @@ inline __attribute__((always_inline)) Pair load_pair<DType::f32>(const void* x) 
 }
 
 template <>
-inline __attribute__((always_inline)) Pair load_pair<DType::f16>(const void* x) {
+QLORA_INLINE Pair load_pair<DType::f16>(const void* x) {
   auto* p = static_cast<const uint16_t*>(x);
   __m512 a = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   __m512 b = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16)));
@@ -94,7 +94,7 @@ struct Bins {
   __m512i below[2];  // thresholds in lower bins
   bool usable;
 
-  static inline __attribute__((always_inline)) __m512i bin(__m512 s) {
+  static QLORA_INLINE __m512i bin(__m512 s) {
     return _mm512_cvttps_epi32(_mm512_fmadd_ps(s, _mm512_set1_ps(15.99f), _mm512_set1_ps(16.0f)));
   }
 
@@ -121,7 +121,7 @@ struct Bins {
   }
 
   // NaN lands in bin 0 and below no threshold: 0.
-  inline __attribute__((always_inline)) __m512i operator()(__m512 s) const {
+  QLORA_INLINE __m512i operator()(__m512 s) const {
     __m512i i = bin(s);
     __mmask16 above = _mm512_cmp_ps_mask(_mm512_permutex2var_ps(threshold[0], i, threshold[1]), s, _CMP_LT_OQ);
     __m512i count = _mm512_permutex2var_epi32(below[0], i, below[1]);
@@ -137,7 +137,7 @@ struct Bisection {
     thresholds = _mm512_mask_loadu_ps(_mm512_set1_ps(bits_to_float(kInfinityBits)), 0x7fff, thresholds15);
   }
 
-  inline __attribute__((always_inline)) __m512i operator()(__m512 s) const {
+  QLORA_INLINE __m512i operator()(__m512 s) const {
     __m512i count = _mm512_setzero_si512();
     for (int step = 8; step; step /= 2) {
       __m512 next = _mm512_permutexvar_ps(_mm512_add_epi32(count, _mm512_set1_epi32(step - 1)), thresholds);
@@ -205,7 +205,7 @@ void quantize(const void* x, int64_t n, int64_t block_size, const Codebook& code
 #include "variant_avx512_dequantize.h"
 
 // 8 bytes -> 16 values: dwords 0-7 see the first four bytes, 8-15 the others, each its own nibble.
-inline __attribute__((always_inline)) void decode16(const uint8_t* packed, __m512 table, float* out) {
+QLORA_INLINE void decode16(const uint8_t* packed, __m512 table, float* out) {
   const __m512i nibble = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
   int32_t halves[2];
   memcpy(halves, packed, 8);
@@ -295,8 +295,7 @@ double sum_of_positive(const float* x, int64_t n) {
       const __m512 values = _mm512_maskz_loadu_ps(valid, x + i + 16 * half);
       bits = _mm512_or_si512(bits, _mm512_castps_si512(values));
       sum[2 * half] = _mm512_add_pd(sum[2 * half], _mm512_cvtps_pd(_mm512_castps512_ps256(values)));
-      sum[2 * half + 1] =
-          _mm512_add_pd(sum[2 * half + 1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(values, 1)));
+      sum[2 * half + 1] = _mm512_add_pd(sum[2 * half + 1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(values, 1)));
     }
   }
   if (_mm512_movepi32_mask(bits)) return double(kNaN);
@@ -320,14 +319,14 @@ struct F32Lanes {
   __m512 levels;
   __m512i shift[4];
 
-  inline __attribute__((always_inline)) explicit F32Lanes(const Codebook& codebook) {
+  QLORA_INLINE explicit F32Lanes(const Codebook& codebook) {
     levels = _mm512_loadu_ps(codebook.levels);
     for (int v = 0; v < 4; ++v) {
       shift[v] = _mm512_inserti64x4(_mm512_set1_epi32(8 * v), _mm256_set1_epi32(8 * v + 4), 1);
     }
   }
   // The 16 values of the block, rounded to dtype and widened again.
-  inline __attribute__((always_inline)) Table table(float absmax) const {
+  QLORA_INLINE Table table(float absmax) const {
     __m512 scaled = _mm512_mul_ps(levels, _mm512_set1_ps(absmax));
     if constexpr (dtype == DType::f16) {
       return _mm512_cvtph_ps(_mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -338,28 +337,24 @@ struct F32Lanes {
       return scaled;
     }
   }
-  static inline __attribute__((always_inline)) Bytes load(const uint8_t* packed) {
+  static QLORA_INLINE Bytes load(const uint8_t* packed) {
     return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
   }
-  inline __attribute__((always_inline)) Weights weights(Bytes bytes, Table table, int v) const {
+  QLORA_INLINE Weights weights(Bytes bytes, Table table, int v) const {
     return _mm512_permutexvar_ps(_mm512_srlv_epi32(bytes, shift[v]), table);
   }
-  static inline __attribute__((always_inline)) __m512 load_x(const char* x) { return _mm512_loadu_ps(x); }
-  static inline __attribute__((always_inline)) void store(char* out, Weights w) { _mm512_store_ps(out, w); }
-  static inline __attribute__((always_inline)) Sum zero() { return _mm512_setzero_ps(); }
-  static inline __attribute__((always_inline)) Sum add(Sum sum, Weights w, __m512 x) {
-    return _mm512_fmadd_ps(w, x, sum);
-  }
-  static inline __attribute__((always_inline)) float reduce(Sum sum) { return _mm512_reduce_add_ps(sum); }
+  static QLORA_INLINE __m512 load_x(const char* x) { return _mm512_loadu_ps(x); }
+  static QLORA_INLINE void store(char* out, Weights w) { _mm512_store_ps(out, w); }
+  static QLORA_INLINE Sum zero() { return _mm512_setzero_ps(); }
+  static QLORA_INLINE Sum add(Sum sum, Weights w, __m512 x) { return _mm512_fmadd_ps(w, x, sum); }
+  static QLORA_INLINE float reduce(Sum sum) { return _mm512_reduce_add_ps(sum); }
 
-  static inline __attribute__((always_inline)) float convert(typename Element<dtype>::type x) {
-    return Element<dtype>::load(x);
-  }
-  static inline __attribute__((always_inline)) void reorder(const typename Element<dtype>::type* x, float* out) {
+  static QLORA_INLINE float convert(typename Element<dtype>::type x) { return Element<dtype>::load(x); }
+  static QLORA_INLINE void reorder(const typename Element<dtype>::type* x, float* out) {
     reorder_by_source<F32Lanes>(x, out);
   }
   // Which element of 64 belongs to lane j: dword j % 8 of 8, nibble 2v (+ 1: the low nibble is the second element).
-  static inline __attribute__((always_inline)) int source(int j) {
+  static QLORA_INLINE int source(int j) {
     int v = j / 16, upper = j / 8 % 2;
     return 8 * (j % 8) + 2 * v + (upper ? 0 : 1);
   }

@@ -18,9 +18,8 @@ constexpr float kNaN = __builtin_nanf("");
 
 // --- dequantize --------------------------------------------------------------------------------------------------------
 
-#include "variant_avx512_dequantize.h"
-
 #include "variant_avx512_decode64.h"
+#include "variant_avx512_dequantize.h"
 
 // The table by two instructions where none of its values is subnormal, Inf or NaN: vcvtne2ps2bf16 would not round those
 // as the reference does. absmax >= 2^-100 and nonzero levels >= 2^-26 in magnitude make sure of it.
@@ -62,39 +61,33 @@ struct BF16Lanes {
   __m512 levels;
   __m512i nibble, upper;
 
-  inline __attribute__((always_inline)) explicit BF16Lanes(const Codebook& codebook) {
+  QLORA_INLINE explicit BF16Lanes(const Codebook& codebook) {
     levels = _mm512_loadu_ps(codebook.levels);
     nibble = _mm512_set1_epi16(15);
     upper = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
   }
-  inline __attribute__((always_inline)) Table table(float first, float second) const {
+  QLORA_INLINE Table table(float first, float second) const {
     return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_mul_ps(levels, _mm512_set1_ps(second)),
                                                          _mm512_mul_ps(levels, _mm512_set1_ps(first))));
   }
-  static inline __attribute__((always_inline)) Bytes load(const uint8_t* packed) { return _mm512_loadu_si512(packed); }
-  static inline __attribute__((always_inline)) Bytes load_half(const uint8_t* packed) {
+  static QLORA_INLINE Bytes load(const uint8_t* packed) { return _mm512_loadu_si512(packed); }
+  static QLORA_INLINE Bytes load_half(const uint8_t* packed) {
     return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
   }
-  inline __attribute__((always_inline)) Weights weights(Bytes bytes, Table table, int v) const {
+  QLORA_INLINE Weights weights(Bytes bytes, Table table, int v) const {
     __m512i shifted = v ? _mm512_srli_epi16(bytes, 4 * v) : bytes;
     __m512i index = _mm512_ternarylogic_epi32(shifted, nibble, upper, 0xEA);  // (shifted & nibble) | upper
     return reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(index, table));
   }
-  static inline __attribute__((always_inline)) __m512bh load_x(const char* x) {
-    return reinterpret_cast<__m512bh>(_mm512_loadu_si512(x));
-  }
-  static inline __attribute__((always_inline)) void store(char* out, Weights w) {
-    _mm512_store_si512(out, reinterpret_cast<__m512i>(w));
-  }
-  static inline __attribute__((always_inline)) Sum zero() { return _mm512_setzero_ps(); }
-  static inline __attribute__((always_inline)) Sum add(Sum sum, Weights w, __m512bh x) {
-    return _mm512_dpbf16_ps(sum, w, x);
-  }
-  static inline __attribute__((always_inline)) float reduce(Sum sum) { return _mm512_reduce_add_ps(sum); }
+  static QLORA_INLINE __m512bh load_x(const char* x) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(x)); }
+  static QLORA_INLINE void store(char* out, Weights w) { _mm512_store_si512(out, reinterpret_cast<__m512i>(w)); }
+  static QLORA_INLINE Sum zero() { return _mm512_setzero_ps(); }
+  static QLORA_INLINE Sum add(Sum sum, Weights w, __m512bh x) { return _mm512_dpbf16_ps(sum, w, x); }
+  static QLORA_INLINE float reduce(Sum sum) { return _mm512_reduce_add_ps(sum); }
 
   // Lane j of register v is word j, nibble v; the low nibble of a byte is its second element. So register v gathers the
   // elements 4j + (v ^ 1) of the step.
-  static inline __attribute__((always_inline)) void reorder(const uint16_t* x, uint16_t* out) {
+  static QLORA_INLINE void reorder(const uint16_t* x, uint16_t* out) {
     alignas(64) static constexpr uint16_t kEvery4th[32] = {0,  4,  8,  12, 16, 20, 24, 28,   //
                                                            32, 36, 40, 44, 48, 52, 56, 60};  // the upper half is unused
     const __m512i every4th = _mm512_load_si512(kEvery4th);

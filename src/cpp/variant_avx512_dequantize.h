@@ -4,8 +4,6 @@
 // (5 of a word, 4 of a dword), so a nibble is never masked: the 16-bit table is stored twice.
 //
 // Include in an unnamed namespace of an AVX-512 variant file.
-#define QLORA_INLINE inline __attribute__((always_inline))
-
 // The upper half of *x is read by itself. With a second use of the whole number in a general register the compiler
 // would also broadcast it from there, by a shuffle, where the multiplication can broadcast from memory for nothing.
 QLORA_INLINE uint16_t upper_half(const float* x) {

@@ -11,14 +11,15 @@ struct Search256 {
   __m512 level5[2], level6[4], level7[8];
 
   // Thresholds 16 * part + lane of a level. Comparison k adds 2^(7 - k) to the count.
-  static inline __attribute__((always_inline)) __m512 load(const float* thresholds, int level, int part) {
+  static QLORA_INLINE __m512 load(const float* thresholds, int level, int part) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const int step = 128 >> level, inside = (1 << level) - 1;
-    const __m512i index = _mm512_mullo_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(inside)), _mm512_set1_epi32(2 * step));
+    const __m512i index =
+        _mm512_mullo_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(inside)), _mm512_set1_epi32(2 * step));
     return _mm512_i32gather_ps(index, thresholds + 32 * step * part + step - 1, 4);
   }
 
-  inline __attribute__((always_inline)) explicit Search256(const float* thresholds) {
+  QLORA_INLINE explicit Search256(const float* thresholds) {
 #pragma GCC unroll 8
     for (int part = 0; part < 8; ++part) {
       if (part < 5) few[part] = load(thresholds, part, 0);
@@ -29,7 +30,7 @@ struct Search256 {
   }
 
   // NaN is above no threshold: 0.
-  inline __attribute__((always_inline)) __m512i operator()(__m512 s) const {
+  QLORA_INLINE __m512i operator()(__m512 s) const {
     __m512i count = _mm512_setzero_si512();
     const auto compare = [&](__m512 threshold) {
       const __mmask16 above = _mm512_cmp_ps_mask(threshold, s, _CMP_LT_OQ);

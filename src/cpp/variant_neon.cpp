@@ -14,8 +14,6 @@
 namespace qlora {
 namespace {
 
-#define QLORA_INLINE inline __attribute__((always_inline))
-
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 const float kNaN = bits_to_float(0x7fc00000u);
 
