@@ -3,6 +3,8 @@
 test_parity.py runs all cases on the fastest variant; here each variant is forced, on fewer and nastier inputs.
 """
 
+import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -83,6 +85,43 @@ def test_double_quantization_equals_the_reference(variant, data, map8):
         assert_bits_equal(nested, want_nested, f"{variant} nested_absmax")
         got = native.cpu.double_dequantize(codes, nested, mean, table, size)
         assert_bits_equal(got, double_dequantize(codes, nested, mean, table, size), f"{variant} absmax'")
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+def test_dequantize_of_any_absmax(variant, block_size):
+    """Inf, NaN, subnormal, negative, and both sides of where a variant changes its way to round."""
+    powers = [2.0**e * (1 + d) for e in (-149, -127, -126, -101, -100, -99, 127) for d in (-(2.0**-24), 0, 2.0**-20)]
+    absmax = torch.tensor([math.inf, math.nan, 0.0, 3.0e38, 1e-45, *powers], dtype=torch.float32)
+    absmax = torch.cat([absmax, -absmax])
+    nf4 = get_codebook("nf4")
+    tiny = dataclasses.replace(nf4, levels=nf4.levels * torch.tensor([2.0**-27, 1.0]).repeat(8))
+    packed = torch.randint(256, (absmax.numel() * block_size // 2,), dtype=torch.uint8)
+    for codebook in (nf4, tiny):
+        for dtype in DTYPES:
+            n = absmax.numel() * block_size
+            got = native.cpu.dequantize_4bit(packed, absmax, None, None, codebook, block_size, None, 256, (n,), dtype)
+            want = dequantize_blockwise(packed, absmax, codebook, block_size, (n,), dtype)
+            assert_bits_equal(got, want, f"{variant} {dtype}")
+
+
+def test_mean_of_the_absmax(variant):
+    """The reference's bits, and a plain "not certain" where the order of adding could change them."""
+    generator = torch.Generator().manual_seed(0)
+    certain = 0
+    for n in (1, 2, 31, 33, 1000, 100_003, 300_000):
+        for spread in (0, 4, 30):
+            absmax = torch.rand(n, generator=generator) * 10 ** (spread * torch.rand(n, generator=generator))
+            mean = torch.empty(1)
+            certain += native.module.cpu.absmax_mean(absmax.data_ptr(), n, mean.data_ptr(), 2)
+            assert_bits_equal(native.cpu.absmax_mean(absmax), absmax_mean(absmax), f"{variant} {n} {spread}")
+    assert certain >= 19  # of 21; 0.2 % of the longest are expected to be left to the reference
+
+    halfway, negative = torch.tensor([1.0, 1.0 + 2.0**-23]), torch.tensor([1.0, -0.0])
+    for absmax in (halfway, negative, torch.tensor([math.nan]), torch.empty(0)):
+        mean = torch.empty(1)
+        assert not native.module.cpu.absmax_mean(absmax.data_ptr(), absmax.numel(), mean.data_ptr(), 1)
+        assert_bits_equal(native.cpu.absmax_mean(absmax), absmax_mean(absmax), variant)
+    assert native.cpu.absmax_mean(torch.tensor([math.inf, 1.0])) == math.inf
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

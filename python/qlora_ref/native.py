@@ -22,7 +22,7 @@ from .cpu_linear import CpuLinear
 from .cuda_linear import CudaLinear, Scratch, unusable
 from .reference.blockwise import check_block_size
 from .reference.codebook import Codebook
-from .reference.double_quant import Map8, check_double_quant, get_map8
+from .reference.double_quant import Map8, absmax_mean, check_double_quant, get_map8
 from .source_hash import source_hash
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of types.h
@@ -60,6 +60,24 @@ def _check_float(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous()
 
 
+def check_decoded_dtype(dtype: torch.dtype) -> None:
+    if dtype not in _DTYPE and dtype != torch.float64:
+        raise TypeError(f"can dequantize to float32, bfloat16, float16 or float64, not {dtype}")
+
+
+def row_stride(out: torch.Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> int:
+    """Elements from a row of `out`, which is to be written, to the next; a sentence if it cannot be."""
+    if out.shape != shape or out.dtype != dtype or out.device != device:
+        raise ValueError(
+            f"out is {tuple(out.shape)} {out.dtype} on {out.device}; it must be {tuple(shape)} {dtype} on {device}"
+        )
+    if out.is_contiguous():
+        return shape[-1] if shape else 1
+    if out.dim() == 2 and out.stride(1) == 1 and out.stride(0) >= shape[1]:
+        return out.stride(0)
+    raise ValueError("out must be contiguous, or 2-D with contiguous rows: pass out.contiguous() and copy back")
+
+
 class Backend:
     """The functions of src/cpp/kernels.h on tensors of one device type. Subclasses say how a kernel is called."""
 
@@ -69,7 +87,7 @@ class Backend:
         self._c = module
         self._moment_tables: dict[torch.device, torch.Tensor] = {}
 
-    def _call(self, function, device: torch.device, *args) -> None:
+    def _call(self, function, device: torch.device, *args) -> Any:
         raise NotImplementedError
 
     def _map_address(self, map8: Map8, device: torch.device) -> int:
@@ -217,9 +235,9 @@ class Backend:
         shape = torch.Size(shape)
         if dtype == torch.float64:  # gradcheck computes in it; exact from float32
             weight = packed, absmax, nested_absmax, absmax_mean, codebook, block_size, map8, nested_block_size
-            return self.dequantize_4bit(*weight, shape, torch.float32).double()
-        if dtype not in _DTYPE:
-            raise TypeError(f"can dequantize to float32, bfloat16, float16 or float64, not {dtype}")
+            exact = self.dequantize_4bit(*weight, shape, torch.float32)
+            return exact.double() if out is None else out.copy_(exact)
+        check_decoded_dtype(dtype)
         cols = shape[-1] if len(shape) else 1
         rows = shape.numel() // cols if cols else 0
         weight, kept = self._weight(
@@ -227,21 +245,9 @@ class Backend:
         )
         if out is None:
             out = torch.empty(shape, dtype=dtype, device=packed.device)
-        row_stride = self._row_stride(out, shape, dtype, packed.device, cols)
-        self._call(self._c.dequantize_4bit, packed.device, *weight, out.data_ptr(), _DTYPE[dtype], row_stride)
+        stride = row_stride(out, shape, dtype, packed.device)
+        self._call(self._c.dequantize_4bit, packed.device, *weight, out.data_ptr(), _DTYPE[dtype], stride)
         return out
-
-    @staticmethod
-    def _row_stride(out, shape, dtype, device, cols) -> int:
-        if out.shape != shape or out.dtype != dtype or out.device != device:
-            raise ValueError(
-                f"out is {tuple(out.shape)} {out.dtype} on {out.device}; it must be {tuple(shape)} {dtype} on {device}"
-            )
-        if out.is_contiguous():
-            return cols
-        if out.dim() == 2 and out.stride(1) == 1 and out.stride(0) >= cols:
-            return out.stride(0)
-        raise ValueError("out must be contiguous, or 2-D with contiguous rows: pass out.contiguous() and copy back")
 
     # --- the linear layer --------------------------------------------------------------------------------------------
 
@@ -391,7 +397,14 @@ class CpuBackend(CpuLinear, Backend):
     device_type = "cpu"
 
     def _call(self, function, device, *args):
-        function(*args, torch.get_num_threads())
+        return function(*args, torch.get_num_threads())
+
+    def absmax_mean(self, absmax: torch.Tensor) -> torch.Tensor:
+        """reference.double_quant.absmax_mean, (1,) f32: by the reference where its order of adding could matter."""
+        absmax = _check("absmax", absmax, torch.float32, absmax.numel(), self._check_device(absmax.device))
+        mean = torch.empty(1)
+        certain = self._call(self._c.absmax_mean, absmax.device, absmax.data_ptr(), absmax.numel(), mean.data_ptr())
+        return mean if certain else absmax_mean(absmax)
 
     # what cpu_linear.py needs of the module
     def _can_fuse(self, dtype, in_features, block_size) -> bool:

@@ -32,6 +32,8 @@ _WEIGHT_ARGS = 8
 _lib = torch.library.Library("qlora_ref", "DEF")
 _lib.define("quantize_4bit(Tensor x, str quant_type, int block_size) -> (Tensor, Tensor)")
 _lib.define(f"dequantize_4bit({_WEIGHT}, SymInt[] shape, ScalarType dtype) -> Tensor")
+_lib.define(f"dequantize_4bit_out({_WEIGHT}, Tensor(a!) out) -> ()")
+_lib.define("absmax_mean(Tensor absmax) -> Tensor")
 _lib.define("double_quantize(Tensor absmax, Tensor mean, str map8, int nested_block_size) -> (Tensor, Tensor)")
 _lib.define(
     "quantize_4bit_nested(Tensor x, Tensor mean, str quant_type, int block_size, str map8, int nested_block_size) "
@@ -95,6 +97,20 @@ def _dequantize_4bit(
     )
 
 
+def _dequantize_4bit_out(*args):
+    *weight, out = args
+    native.check_decoded_dtype(out.dtype)  # refuse what the kernels refuse
+    native.row_stride(out, out.shape, out.dtype, weight[0].device)
+    _count_writing(out)
+    out.copy_(_dequantize_4bit(*weight, out.shape, out.dtype))
+
+
+def _count_writing(out):
+    """For autograd, which looks at the count before it uses a tensor that it has saved."""
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+
+
 def _linear_4bit(x, *args):
     weight, (out_features, bias) = args[:_WEIGHT_ARGS], args[_WEIGHT_ARGS:]
     return linear(x, _dequantize_4bit(*weight, (out_features, x.shape[-1]), x.dtype), bias)
@@ -142,6 +158,8 @@ def _without_autocast(function):
 _REFERENCE = {name: _without_autocast(globals()[f"_{name}"]) for name in OP_NAMES}
 for _name, _function in _REFERENCE.items():
     _lib.impl(_name, _function, "CompositeExplicitAutograd")
+_lib.impl("dequantize_4bit_out", _dequantize_4bit_out, "CompositeExplicitAutograd")
+_lib.impl("absmax_mean", double_quant.absmax_mean, "CompositeExplicitAutograd")
 
 
 # --- shapes and dtypes, for meta tensors, torch.compile and memory traces -----------------------------------------
@@ -161,6 +179,16 @@ def _(x, quant_type, block_size):
 @_fake("dequantize_4bit")
 def _(packed, absmax, nested_absmax, absmax_mean, quant_type, block_size, map8, nested_block_size, shape, dtype):
     return packed.new_empty(shape, dtype=dtype)
+
+
+@_fake("dequantize_4bit_out")
+def _(*args):
+    return None
+
+
+@_fake("absmax_mean")
+def _(absmax):
+    return absmax.new_empty(1)
 
 
 @_fake("double_quantize")
@@ -263,6 +291,14 @@ def _register_native(backend, key: str) -> None:
     def dequantize_4bit(*args):
         return backend.dequantize_4bit(*tables(args[:_WEIGHT_ARGS]), *args[_WEIGHT_ARGS:])
 
+    def dequantize_4bit_out(*args):
+        *weight, out = args
+        _count_writing(out)
+        backend.dequantize_4bit(*tables(weight), out.shape, out.dtype, out=out)
+
+    def absmax_mean(absmax):
+        return backend.absmax_mean(absmax)
+
     def double_quantize(absmax, mean, map8, nested_block_size):
         return backend.double_quantize(absmax, mean, get_map8(map8), nested_block_size)
 
@@ -288,11 +324,14 @@ def _register_native(backend, key: str) -> None:
     kernels: tuple[Callable[..., Any], ...] = (
         quantize_4bit,
         dequantize_4bit,
+        dequantize_4bit_out,
         double_quantize,
         quantize_4bit_nested,
         double_dequantize,
     )
     kernels += (linear_4bit, linear_4bit_backward)
+    if hasattr(backend, "absmax_mean"):  # the CPU's; on a GPU torch's sum is fast enough
+        kernels += (absmax_mean,)
     if hasattr(backend, "lora_linear_4bit"):  # CUDA folds the adapter into the product (cuda_linear.py)
         kernels += (lora_linear_4bit, lora_linear_4bit_backward)
     for kernel in kernels:
