@@ -6,8 +6,10 @@ test_parity.py runs all cases on the fastest variant; here each variant is force
 import dataclasses
 import math
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,6 +231,16 @@ raise SystemExit(status if same else 2)
 """
     result = run_python(code)
     assert result.returncode == 0, result.stderr
+
+
+def test_no_variant_runs_anything_when_the_module_is_loaded():
+    """A static initializer of a file compiled for AVX-512 would end the import on every CPU without it."""
+    objects = sorted((Path(__file__).resolve().parents[1] / "build").rglob("variant_avx*.o"))
+    if not objects or not shutil.which("nm"):
+        pytest.skip("no object files of the variants, or no nm, here")
+    for path in objects:
+        symbols = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
+        assert "_GLOBAL__sub_I" not in symbols, path.name
 
 
 def test_unknown_variant_lists_those_available():

@@ -111,11 +111,9 @@ class QuantizedTensor:
         """
         if out is None:
             return torch.ops.qlora_ref.dequantize_4bit(*self.op_args(), self.shape, dtype or self.dtype)
-        dtype, device = dtype or out.dtype, self.packed.device
-        if out.shape != self.shape or out.dtype != dtype or out.device != device:
-            raise ValueError(
-                f"out is {tuple(out.shape)} {out.dtype} on {out.device}; it must be {tuple(self.shape)} {dtype} on {device}"
-            )
+        if out.shape != self.shape or out.dtype != (dtype or out.dtype) or out.device != self.packed.device:
+            wanted = f"{tuple(self.shape)} {dtype or out.dtype} on {self.packed.device}"
+            raise ValueError(f"out is {tuple(out.shape)} {out.dtype} on {out.device}; it must be {wanted}")
         if out.requires_grad and torch.is_grad_enabled():
             raise ValueError("out requires grad, which writing would break; call under torch.no_grad()")
         torch.ops.qlora_ref.dequantize_4bit_out(*self.op_args(), out)

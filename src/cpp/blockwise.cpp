@@ -6,7 +6,8 @@
 namespace qlora {
 namespace {
 
-constexpr int64_t kGrain = 128 * 1024;  // elements: a few microseconds, and a multiple of every block size
+// Elements worth a thread (parallel.h), multiples of every block size.
+constexpr int64_t kDequantizeGrain = 128 * 1024, kQuantizeGrain = 32 * 1024;
 
 int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
@@ -28,8 +29,7 @@ int log2_of(int64_t power) {
 // and looked up by code inside the loops.
 class Scales {
  public:
-  explicit Scales(const Absmax& absmax)
-      : absmax_(absmax), isa_(variant()), shift_(log2_of(absmax.nested_block_size)) {}
+  explicit Scales(const Absmax& absmax) : absmax_(absmax), isa_(variant()), shift_(log2_of(absmax.nested_block_size)) {}
 
   BlockAbsmax from(int64_t block) {
     if (!absmax_.codes) return {absmax_.absmax + block, nullptr};
@@ -79,12 +79,12 @@ void dequantize_run(const Weight4bit& weight, const Codebook& codebook, int64_t 
 void dequantize_rows(const Weight4bit& weight, const Codebook& codebook, int64_t first_row, int64_t rows,
                      int64_t first_col, int64_t cols, char* out, DType dtype, int64_t row_stride) {
   if (cols == weight.cols && row_stride == cols) {  // then the rows are one run
-    parallel_for(rows * cols, kGrain, [&](int64_t begin, int64_t end) {
+    parallel_for(rows * cols, kDequantizeGrain, [&](int64_t begin, int64_t end) {
       dequantize_run(weight, codebook, first_row * cols + begin, end - begin, dtype, out + begin * element_size(dtype));
     });
     return;
   }
-  int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cols));
+  int64_t grain = std::max<int64_t>(1, kDequantizeGrain / std::max<int64_t>(1, cols));
   parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       dequantize_run(weight, codebook, (first_row + row) * weight.cols + first_col, cols, dtype,
@@ -98,7 +98,7 @@ void dequantize_rows(const Weight4bit& weight, const Codebook& codebook, int64_t
 void quantize_4bit(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
                    float* absmax) {
   const Variant& isa = variant();
-  parallel_for(n, kGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(n, kQuantizeGrain, [&](int64_t begin, int64_t end) {
     auto* from = static_cast<const char*>(x) + begin * element_size(dtype);
     isa.quantize[int(dtype)](from, end - begin, block_size, codebook, packed + begin / 2, absmax + begin / block_size);
   });

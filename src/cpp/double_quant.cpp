@@ -25,7 +25,7 @@ void double_quantize(const float* absmax, int64_t n, float mean, int64_t nested_
                      uint8_t* codes, float* nested_absmax) {
   const Variant& isa = variant();
   int64_t groups = (n + nested_block_size - 1) / nested_block_size;
-  int64_t grain = std::max<int64_t>(1, 1024 / nested_block_size);
+  int64_t grain = std::max<int64_t>(1, 8192 / nested_block_size);
   parallel_for(groups, grain, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * nested_block_size, last = std::min(end * nested_block_size, n);
     isa.double_quantize(absmax + first, last - first, nested_block_size, mean, map, codes + first,

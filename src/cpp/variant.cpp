@@ -12,7 +12,7 @@ namespace {
 // Slowest first, each extending those before it. (The null is for builds without any.)
 const InstructionSet* const kCompiled[] = {
 #ifdef QLORA_X86
-    &avx2, &avx512, &avx512_vbmi, &avx512_bf16,
+    &avx2,   &avx512, &avx512_vbmi, &avx512_bf16,
 #endif
     nullptr,
 };

@@ -262,7 +262,7 @@ int lowest_positive(const Map8& map, float scale, float mean) {
 void double_quantize(const float* absmax, int64_t n, int64_t nested_block_size, float mean, const Map8& map,
                      uint8_t* codes, float* nested_absmax) {
   const Search256 count_below(map.thresholds);
-  constexpr int kTogether = 4;
+  constexpr int kTogether = 4, kStep = 16 * kTogether;
   for (; n > 0; n -= nested_block_size, absmax += nested_block_size, codes += nested_block_size, ++nested_absmax) {
     const int64_t size = n < nested_block_size ? n : nested_block_size;
     const float scale = bits_to_float(largest_deviation(absmax, size, mean));
@@ -273,18 +273,26 @@ void double_quantize(const float* absmax, int64_t n, int64_t nested_block_size, 
     *nested_absmax = scale;
     const __m512i lowest = _mm512_set1_epi32(lowest_positive(map, scale, mean));
     const __m512 inverse = _mm512_set1_ps(1.0f / scale), means = _mm512_set1_ps(mean);
-    for (int64_t i = 0; i < size; i += 16 * kTogether) {
+    const auto encode = [&](const float* from, uint8_t* to) {
       __m512 s[kTogether];
       __m512i count[kTogether];
       for (int v = 0; v < kTogether; ++v) {
-        __m512 x = _mm512_maskz_loadu_ps(first_lanes(size - i - 16 * v), absmax + i + 16 * v);
-        s[v] = _mm512_mul_ps(_mm512_sub_ps(x, means), inverse);
+        s[v] = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(from + 16 * v), means), inverse);
       }
       count_below(s, count);
       for (int v = 0; v < kTogether; ++v) {
         __m128i bytes = _mm512_cvtepi32_epi8(_mm512_max_epi32(count[v], lowest));
-        _mm_mask_storeu_epi8(codes + i + 16 * v, first_lanes(size - i - 16 * v), bytes);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16 * v), bytes);
       }
+    };
+    const int64_t whole = size / kStep * kStep;
+    for (int64_t i = 0; i < whole; i += kStep) encode(absmax + i, codes + i);
+    if (whole < size) {
+      float rest[kStep] = {};
+      uint8_t rest_codes[kStep];
+      memcpy(rest, absmax + whole, size_t(size - whole) * sizeof(float));
+      encode(rest, rest_codes);
+      memcpy(codes + whole, rest_codes, size_t(size - whole));
     }
   }
 }
@@ -326,8 +334,7 @@ double sum_of_positive(const float* x, int64_t n) {
       const __m512 values = _mm512_maskz_loadu_ps(first_lanes(n - i - 16 * half), x + i + 16 * half);
       bits = _mm512_or_si512(bits, _mm512_castps_si512(values));
       sum[2 * half] = _mm512_add_pd(sum[2 * half], _mm512_cvtps_pd(_mm512_castps512_ps256(values)));
-      sum[2 * half + 1] =
-          _mm512_add_pd(sum[2 * half + 1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(values, 1)));
+      sum[2 * half + 1] = _mm512_add_pd(sum[2 * half + 1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(values, 1)));
     }
   }
   if (_mm512_movepi32_mask(bits)) return double(kNaN);

@@ -17,7 +17,6 @@ constexpr float kNaN = __builtin_nanf("");
 
 // --- dequantize --------------------------------------------------------------------------------------------------------
 
-#include "variant_avx512_dequantize.h"
 #include "variant_avx512_decode64.h"
 
 // The table by two instructions where none of its values is subnormal, Inf or NaN: vcvtne2ps2bf16 would not round those

@@ -11,7 +11,6 @@ namespace {
 
 constexpr float kNaN = __builtin_nanf("");
 
-#include "variant_avx512_dequantize.h"
 #include "variant_avx512_decode64.h"
 
 template <DType dtype>
