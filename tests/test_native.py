@@ -108,22 +108,25 @@ def test_dequantize_of_any_absmax(variant, block_size):
 
 def test_mean_of_the_absmax(variant):
     """The reference's bits, and a plain "not certain" where the order of adding could change them."""
-    generator = torch.Generator().manual_seed(0)
-    certain = 0
-    for n in (1, 2, 31, 33, 1000, 100_003, 300_000):
-        for spread in (0, 4, 30):
-            absmax = torch.rand(n, generator=generator) * 10 ** (spread * torch.rand(n, generator=generator))
-            mean = torch.empty(1)
-            certain += native.module.cpu.absmax_mean(absmax.data_ptr(), n, mean.data_ptr(), 2)
-            assert_bits_equal(native.cpu.absmax_mean(absmax), absmax_mean(absmax), f"{variant} {n} {spread}")
-    assert certain >= 19  # of 21; 0.2 % of the longest are expected to be left to the reference
 
-    halfway, negative = torch.tensor([1.0, 1.0 + 2.0**-23]), torch.tensor([1.0, -0.0])
-    for absmax in (halfway, negative, torch.tensor([math.nan]), torch.empty(0)):
-        mean = torch.empty(1)
-        assert not native.module.cpu.absmax_mean(absmax.data_ptr(), absmax.numel(), mean.data_ptr(), 1)
-        assert_bits_equal(native.cpu.absmax_mean(absmax), absmax_mean(absmax), variant)
-    assert native.cpu.absmax_mean(torch.tensor([math.inf, 1.0])) == math.inf
+    def mean_of(absmax):
+        """Of blocks of 32 with this absmax; and whether the kernel was certain."""
+        x, nf4 = absmax.repeat_interleave(32), get_codebook("nf4")
+        got, mean = native.cpu.quantize_4bit_mean(x, nf4, 32)[1:]
+        assert_bits_equal(got, quantize_blockwise(x, nf4, 32, check_finite=False)[1], f"{variant} absmax")
+        assert_bits_equal(mean, absmax_mean(got), f"{variant} {len(absmax)}")
+        return native.cpu._quantize_4bit_mean(x, nf4, 32)[3]
+
+    generator, certain = torch.Generator().manual_seed(0), 0
+    for n in (1, 2, 31, 33, 1000, 40_003):
+        for spread in (0, 4, 30):
+            certain += mean_of(torch.rand(n, generator=generator) * 10 ** (spread * torch.rand(n, generator=generator)))
+    assert certain >= 16  # of 18
+    assert not mean_of(torch.tensor([1.0, 1.0 + 2.0**-23]))  # halfway between two floats
+    assert not mean_of(torch.tensor([1.0, math.nan]))
+    assert not mean_of(torch.empty(0))
+    x = torch.tensor([-1.0]).repeat(32)  # bof4_s keeps the sign of the absmax
+    assert not native.cpu._quantize_4bit_mean(x, get_codebook("bof4_s", 32), 32)[3]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -117,6 +117,13 @@ class Backend:
         )
         return packed, absmax
 
+    def quantize_4bit_mean(
+        self, x: torch.Tensor, codebook: Codebook, block_size: int = 64
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """quantize_4bit, and reference.double_quant.absmax_mean of its absmax, (1,) f32."""
+        packed, absmax = self.quantize_4bit(x, codebook, block_size)
+        return packed, absmax, absmax_mean(absmax)
+
     def double_quantize(
         self, absmax: torch.Tensor, mean: torch.Tensor, map8: Map8, nested_block_size: int = 256
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -399,12 +406,25 @@ class CpuBackend(CpuLinear, Backend):
     def _call(self, function, device, *args):
         return function(*args, torch.get_num_threads())
 
-    def absmax_mean(self, absmax: torch.Tensor) -> torch.Tensor:
-        """reference.double_quant.absmax_mean, (1,) f32: by the reference where its order of adding could matter."""
-        absmax = _check("absmax", absmax, torch.float32, absmax.numel(), self._check_device(absmax.device))
-        mean = torch.empty(1)
-        certain = self._call(self._c.absmax_mean, absmax.device, absmax.data_ptr(), absmax.numel(), mean.data_ptr())
-        return mean if certain else absmax_mean(absmax)
+    def quantize_4bit_mean(self, x, codebook, block_size=64):
+        """The mean by the reference where its order of adding could matter."""
+        packed, absmax, mean, certain = self._quantize_4bit_mean(x, codebook, block_size)
+        return packed, absmax, mean if certain else absmax_mean(absmax)
+
+    def _quantize_4bit_mean(self, x, codebook, block_size):
+        check_block_size(block_size)
+        x = _check_float("x", x)
+        device, n = self._check_device(x.device), x.numel()
+        packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)
+        absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=device)
+        mean = torch.empty(1, dtype=torch.float32, device=device)
+        certain = self._call(
+            self._c.quantize_4bit_mean,
+            device,
+            *(x.data_ptr(), _DTYPE[x.dtype], n, block_size, _table(codebook)),
+            *(packed.data_ptr(), absmax.data_ptr(), mean.data_ptr()),
+        )
+        return packed, absmax, mean, certain
 
     # what cpu_linear.py needs of the module
     def _can_fuse(self, dtype, in_features, block_size) -> bool:

@@ -33,7 +33,7 @@ _lib = torch.library.Library("qlora_ref", "DEF")
 _lib.define("quantize_4bit(Tensor x, str quant_type, int block_size) -> (Tensor, Tensor)")
 _lib.define(f"dequantize_4bit({_WEIGHT}, SymInt[] shape, ScalarType dtype) -> Tensor")
 _lib.define(f"dequantize_4bit_out({_WEIGHT}, Tensor(a!) out) -> ()")
-_lib.define("absmax_mean(Tensor absmax) -> Tensor")
+_lib.define("quantize_4bit_mean(Tensor x, str quant_type, int block_size) -> (Tensor, Tensor, Tensor)")
 _lib.define("double_quantize(Tensor absmax, Tensor mean, str map8, int nested_block_size) -> (Tensor, Tensor)")
 _lib.define(
     "quantize_4bit_nested(Tensor x, Tensor mean, str quant_type, int block_size, str map8, int nested_block_size) "
@@ -55,6 +55,7 @@ _lib.define(
 )
 OP_NAMES = (
     "quantize_4bit",
+    "quantize_4bit_mean",
     "dequantize_4bit",
     "double_quantize",
     "quantize_4bit_nested",
@@ -71,6 +72,11 @@ OP_NAMES = (
 
 def _quantize_4bit(x, quant_type, block_size):
     return blockwise.quantize_blockwise(x, get_codebook(quant_type, block_size), block_size, check_finite=False)
+
+
+def _quantize_4bit_mean(x, quant_type, block_size):
+    packed, absmax = _quantize_4bit(x, quant_type, block_size)
+    return packed, absmax, double_quant.absmax_mean(absmax)
 
 
 def _double_quantize(absmax, mean, map8, nested_block_size):
@@ -159,7 +165,6 @@ _REFERENCE = {name: _without_autocast(globals()[f"_{name}"]) for name in OP_NAME
 for _name, _function in _REFERENCE.items():
     _lib.impl(_name, _function, "CompositeExplicitAutograd")
 _lib.impl("dequantize_4bit_out", _dequantize_4bit_out, "CompositeExplicitAutograd")
-_lib.impl("absmax_mean", double_quant.absmax_mean, "CompositeExplicitAutograd")
 
 
 # --- shapes and dtypes, for meta tensors, torch.compile and memory traces -----------------------------------------
@@ -186,9 +191,11 @@ def _(*args):
     return None
 
 
-@_fake("absmax_mean")
-def _(absmax):
-    return absmax.new_empty(1)
+@_fake("quantize_4bit_mean")
+def _(x, quant_type, block_size):
+    n = x.numel()
+    packed, absmax = x.new_empty((n + 1) // 2, dtype=torch.uint8), x.new_empty(-(-n // block_size), dtype=torch.float32)
+    return packed, absmax, absmax.new_empty(1)
 
 
 @_fake("double_quantize")
@@ -296,8 +303,8 @@ def _register_native(backend, key: str) -> None:
         _count_writing(out)
         backend.dequantize_4bit(*tables(weight), out.shape, out.dtype, out=out)
 
-    def absmax_mean(absmax):
-        return backend.absmax_mean(absmax)
+    def quantize_4bit_mean(x, quant_type, block_size):
+        return backend.quantize_4bit_mean(x, get_codebook(quant_type, block_size), block_size)
 
     def double_quantize(absmax, mean, map8, nested_block_size):
         return backend.double_quantize(absmax, mean, get_map8(map8), nested_block_size)
@@ -325,13 +332,12 @@ def _register_native(backend, key: str) -> None:
         quantize_4bit,
         dequantize_4bit,
         dequantize_4bit_out,
+        quantize_4bit_mean,
         double_quantize,
         quantize_4bit_nested,
         double_dequantize,
     )
     kernels += (linear_4bit, linear_4bit_backward)
-    if hasattr(backend, "absmax_mean"):  # the CPU's; on a GPU torch's sum is fast enough
-        kernels += (absmax_mean,)
     if hasattr(backend, "lora_linear_4bit"):  # CUDA folds the adapter into the product (cuda_linear.py)
         kernels += (lora_linear_4bit, lora_linear_4bit_backward)
     for kernel in kernels:

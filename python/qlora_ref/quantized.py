@@ -73,10 +73,10 @@ class QuantizedTensor:
         check_weight(x, check_finite and x.device.type != "meta")
         if absmax_mean is not None:
             return cls._quantize_with_mean(x, config, absmax_mean)
-        packed, absmax = torch.ops.qlora_ref.quantize_4bit(x, config.quant_type, config.block_size)
         if not config.double_quant:
+            packed, absmax = torch.ops.qlora_ref.quantize_4bit(x, config.quant_type, config.block_size)
             return cls(packed, absmax, None, None, config, x.shape, x.dtype)
-        mean = torch.ops.qlora_ref.absmax_mean(absmax)
+        packed, absmax, mean = torch.ops.qlora_ref.quantize_4bit_mean(x, config.quant_type, config.block_size)
         codes, nested = torch.ops.qlora_ref.double_quantize(absmax, mean, config.map8, config.nested_block_size)
         return cls(packed, codes, nested, mean, config, x.shape, x.dtype)
 
