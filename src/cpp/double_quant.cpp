@@ -7,25 +7,36 @@
 
 namespace qlora {
 
-bool absmax_mean(const float* absmax, int64_t n, float* mean) {
+bool quantize_4bit_mean(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook,
+                        uint8_t* packed, float* absmax, float* mean) {
+  const Variant& isa = variant();
+  constexpr int64_t kStep = 32 * 1024;  // elements: their absmax are added while they are in the cache
+  const int64_t element_size = dtype == DType::f32 ? 4 : 2;
   std::mutex adding;
   double sum = 0;
-  parallel_for(n, 128 * 1024, [&](int64_t begin, int64_t end) {
-    const double part = variant().sum_of_positive(absmax + begin, end - begin);
+  parallel_for(n, kStep, [&](int64_t begin, int64_t end) {
+    double part = 0;
+    for (int64_t first = begin; first < end; first += kStep) {
+      const int64_t size = std::min(kStep, end - first), blocks = (size + block_size - 1) / block_size;
+      float* of_blocks = absmax + first / block_size;
+      isa.quantize[int(dtype)](static_cast<const char*>(x) + first * element_size, size, block_size, codebook,
+                               packed + first / 2, of_blocks);
+      part += isa.sum_of_positive(of_blocks, blocks);
+    }
     const std::lock_guard<std::mutex> lock(adding);
     sum += part;
   });
-  // Two orders of adding n positive numbers differ by at most 2 (n - 1) 2^-53 of the sum; the rest covers the divisions.
-  const double error = double(n + 8) * 0x1p-52;
-  *mean = float(sum * (1 - error) / double(n));
-  return *mean == float(sum * (1 + error) / double(n));
+  // Two orders of adding m positive numbers differ by at most 2 (m - 1) 2^-53 of the sum; the rest covers the divisions.
+  const double m = double((n + block_size - 1) / block_size), error = (m + 8) * 0x1p-52;
+  *mean = float(sum * (1 - error) / m);
+  return *mean == float(sum * (1 + error) / m);
 }
 
 void double_quantize(const float* absmax, int64_t n, float mean, int64_t nested_block_size, const Map8& map,
                      uint8_t* codes, float* nested_absmax) {
   const Variant& isa = variant();
   int64_t groups = (n + nested_block_size - 1) / nested_block_size;
-  int64_t grain = std::max<int64_t>(1, 4096 / nested_block_size);
+  int64_t grain = std::max<int64_t>(1, 8192 / nested_block_size);
   parallel_for(groups, grain, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * nested_block_size, last = std::min(end * nested_block_size, n);
     isa.double_quantize(absmax + first, last - first, nested_block_size, mean, map, codes + first,

@@ -234,13 +234,17 @@ struct Decoder {
 
 #include "variant_avx512_search.h"
 
+inline __attribute__((always_inline)) __mmask16 first_lanes(int64_t n) {
+  return n >= 16 ? 0xffff : n > 0 ? __mmask16((1 << n) - 1) : 0;
+}
+
 // Bits of the largest |absmax - mean|.
 uint32_t largest_deviation(const float* absmax, int64_t n, float mean) {
   const __m512 means = _mm512_set1_ps(mean);
   __m512i largest = _mm512_setzero_si512();
   for (int64_t i = 0; i < n; i += 16) {
-    __mmask16 valid = n - i >= 16 ? 0xffff : __mmask16((1 << (n - i)) - 1);
-    __m512i bits = _mm512_castps_si512(_mm512_sub_ps(_mm512_mask_loadu_ps(means, valid, absmax + i), means));
+    __m512 x = _mm512_mask_loadu_ps(means, first_lanes(n - i), absmax + i);
+    __m512i bits = _mm512_castps_si512(_mm512_sub_ps(x, means));
     largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
   }
   return uint32_t(_mm512_reduce_max_epu32(largest));
@@ -248,6 +252,7 @@ uint32_t largest_deviation(const float* absmax, int64_t n, float mean) {
 
 // The lowest entry that reconstructs to >= 0, by bisection as they ascend; 0 if none does.
 int lowest_positive(const Map8& map, float scale, float mean) {
+  if (double_decode(map.levels[0], scale, mean) >= 0.0f) return 0;  // usual
   int below = 0;
   for (int step = 128; step; step /= 2) {
     below += double_decode(map.levels[below + step - 1], scale, mean) >= 0.0f ? 0 : step;
@@ -258,6 +263,7 @@ int lowest_positive(const Map8& map, float scale, float mean) {
 void double_quantize(const float* absmax, int64_t n, int64_t nested_block_size, float mean, const Map8& map,
                      uint8_t* codes, float* nested_absmax) {
   const Search256 count_below(map.thresholds);
+  constexpr int kTogether = 4, kStep = 16 * kTogether;
   for (; n > 0; n -= nested_block_size, absmax += nested_block_size, codes += nested_block_size, ++nested_absmax) {
     const int64_t size = n < nested_block_size ? n : nested_block_size;
     const float scale = bits_to_float(largest_deviation(absmax, size, mean));
@@ -267,15 +273,51 @@ void double_quantize(const float* absmax, int64_t n, int64_t nested_block_size, 
     }
     *nested_absmax = scale;
     const __m512i lowest = _mm512_set1_epi32(lowest_positive(map, scale, mean));
-    const __m512 inverse = _mm512_set1_ps(1.0f / scale);
-    for (int64_t i = 0; i < size; i += 16) {
-      __mmask16 valid = size - i >= 16 ? 0xffff : __mmask16((1 << (size - i)) - 1);
-      __m512 d = _mm512_sub_ps(_mm512_maskz_loadu_ps(valid, absmax + i), _mm512_set1_ps(mean));
-      __m512i count = _mm512_max_epi32(count_below(_mm512_mul_ps(d, inverse)), lowest);
-      _mm_mask_storeu_epi8(codes + i, valid, _mm512_cvtepi32_epi8(count));
+    const __m512 inverse = _mm512_set1_ps(1.0f / scale), means = _mm512_set1_ps(mean);
+    const auto encode = [&](const float* from, uint8_t* to) {
+      __m512 s[kTogether];
+      __m512i count[kTogether];
+      for (int v = 0; v < kTogether; ++v) {
+        s[v] = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(from + 16 * v), means), inverse);
+      }
+      count_below(s, count);
+      for (int v = 0; v < kTogether; ++v) {
+        __m128i bytes = _mm512_cvtepi32_epi8(_mm512_max_epi32(count[v], lowest));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16 * v), bytes);
+      }
+    };
+    const int64_t whole = size / kStep * kStep;
+    for (int64_t i = 0; i < whole; i += kStep) encode(absmax + i, codes + i);
+    if (whole < size) {
+      float rest[kStep] = {};
+      uint8_t rest_codes[kStep];
+      memcpy(rest, absmax + whole, size_t(size - whole) * sizeof(float));
+      encode(rest, rest_codes);
+      memcpy(codes + whole, rest_codes, size_t(size - whole));
     }
   }
 }
+
+// map[code] for 16 codes by shuffles, cheaper here than a gather: the map lies in 16 registers; the low 5 bits of a code
+// choose in each pair of them, then each of the high 3 bits halves the number of candidates.
+struct Map256 {
+  __m512 part[16];
+
+  explicit Map256(const float* map) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) part[i] = _mm512_loadu_ps(map + 16 * i);
+  }
+
+  inline __attribute__((always_inline)) __m512 operator()(__m512i code) const {
+    __mmask16 bit5 = _mm512_test_epi32_mask(code, _mm512_set1_epi32(32));
+    __mmask16 bit6 = _mm512_test_epi32_mask(code, _mm512_set1_epi32(64));
+    __mmask16 bit7 = _mm512_test_epi32_mask(code, _mm512_set1_epi32(128));
+    auto in32 = [&](int i) { return _mm512_permutex2var_ps(part[2 * i], code, part[2 * i + 1]); };
+    auto in64 = [&](int i) { return _mm512_mask_blend_ps(bit5, in32(i), in32(i + 1)); };
+    auto in128 = [&](int i) { return _mm512_mask_blend_ps(bit6, in64(i), in64(i + 2)); };
+    return _mm512_mask_blend_ps(bit7, in128(0), in128(4));
+  }
+};
 
 void nested_values(const float* map, float nested_absmax, float mean, float* values) {
   const __m512 scale = _mm512_set1_ps(nested_absmax), means = _mm512_set1_ps(mean);
@@ -290,9 +332,7 @@ double sum_of_positive(const float* x, int64_t n) {
   __m512i bits = _mm512_setzero_si512();
   for (int64_t i = 0; i < n; i += 32) {
     for (int half = 0; half < 2; ++half) {
-      const int64_t rest = n - i - 16 * half;
-      const __mmask16 valid = rest >= 16 ? 0xffff : rest > 0 ? __mmask16((1 << rest) - 1) : 0;
-      const __m512 values = _mm512_maskz_loadu_ps(valid, x + i + 16 * half);
+      const __m512 values = _mm512_maskz_loadu_ps(first_lanes(n - i - 16 * half), x + i + 16 * half);
       bits = _mm512_or_si512(bits, _mm512_castps_si512(values));
       sum[2 * half] = _mm512_add_pd(sum[2 * half], _mm512_cvtps_pd(_mm512_castps512_ps256(values)));
       sum[2 * half + 1] = _mm512_add_pd(sum[2 * half + 1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(values, 1)));

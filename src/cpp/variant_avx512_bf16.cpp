@@ -19,7 +19,6 @@ constexpr float kNaN = __builtin_nanf("");
 // --- dequantize --------------------------------------------------------------------------------------------------------
 
 #include "variant_avx512_decode64.h"
-#include "variant_avx512_dequantize.h"
 
 // The table by two instructions where none of its values is subnormal, Inf or NaN: vcvtne2ps2bf16 would not round those
 // as the reference does. absmax >= 2^-100 and nonzero levels >= 2^-26 in magnitude make sure of it.

@@ -1,8 +1,10 @@
-// 32 packed bytes -> 64 values with AVX-512 VBMI. Include after variant_avx512_dequantize.h.
+// 32 packed bytes -> 64 values with AVX-512 VBMI. Include in an unnamed namespace of a variant file.
 //
 // vpermb gives every qword four bytes, two of the first 16 and two of the last; vpmultishiftqb makes eight bytes of them,
 // one a nibble: each word has an index of the first 32 values in its lower byte and one of the last 32 in its upper. Four
 // shuffles and a shift for 64 weights, where decode32 takes four shuffles and two shifts.
+#include "variant_avx512_dequantize.h"
+
 alignas(64) constexpr uint8_t kBytesOfQword[64] = {
     0, 1, 16, 17, 0, 0, 0, 0, 2,  3,  18, 19, 0, 0, 0, 0, 4,  5,  20, 21, 0, 0, 0, 0, 6,  7,  22, 23, 0, 0, 0, 0,
     8, 9, 24, 25, 0, 0, 0, 0, 10, 11, 26, 27, 0, 0, 0, 0, 12, 13, 28, 29, 0, 0, 0, 0, 14, 15, 30, 31, 0, 0, 0, 0};

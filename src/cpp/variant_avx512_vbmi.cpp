@@ -12,7 +12,6 @@ namespace {
 constexpr float kNaN = __builtin_nanf("");
 
 #include "variant_avx512_decode64.h"
-#include "variant_avx512_dequantize.h"
 
 template <DType dtype>
 struct Decoder {
