@@ -10,11 +10,11 @@ namespace qlora {
 bool quantize_4bit_mean(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook,
                         uint8_t* packed, float* absmax, float* mean) {
   const Variant& isa = variant();
-  constexpr int64_t kStep = 32 * 1024;  // elements: their absmax are added while they are in the cache
+  constexpr int64_t kStep = 128 * 1024;  // elements: their absmax are added while they are in the cache
   const int64_t element_size = dtype == DType::f32 ? 4 : 2;
   std::mutex adding;
   double sum = 0;
-  parallel_for(n, kStep, [&](int64_t begin, int64_t end) {
+  parallel_for(n, 32 * 1024, [&](int64_t begin, int64_t end) {
     double part = 0;
     for (int64_t first = begin; first < end; first += kStep) {
       const int64_t size = std::min(kStep, end - first), blocks = (size + block_size - 1) / block_size;

@@ -100,24 +100,22 @@ struct Bins {
 
   explicit Bins(const float* thresholds) : usable(true) {
     float threshold_of[32], ordered[16];
-    int32_t below_of[32], bin_of[16];
+    int32_t bin_of[16];
     memcpy(ordered, thresholds, 15 * sizeof(float));
     ordered[15] = bits_to_float(kInfinityBits);
     _mm512_storeu_si512(bin_of, bin(_mm512_loadu_ps(ordered)));
-    for (int i = 0; i < 32; ++i) {
-      threshold_of[i] = ordered[15];
-      below_of[i] = 0;
-      for (int t = 0; t < 15 && is_finite(ordered[t]); ++t) {
-        below_of[i] += bin_of[t] < i;
-        if (bin_of[t] != i) continue;
-        usable = usable && !is_finite(threshold_of[i]);
-        threshold_of[i] = ordered[t];
+    for (float& each : threshold_of) each = ordered[15];
+    for (auto& each : below) each = _mm512_setzero_si512();
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int t = 0; t < 15 && is_finite(ordered[t]); ++t) {
+      usable = usable && !is_finite(threshold_of[bin_of[t]]);
+      threshold_of[bin_of[t]] = ordered[t];
+      for (int half = 0; half < 2; ++half) {
+        __mmask16 higher = _mm512_cmplt_epi32_mask(_mm512_set1_epi32(bin_of[t] - 16 * half), lane);
+        below[half] = _mm512_mask_add_epi32(below[half], higher, below[half], _mm512_set1_epi32(1));
       }
     }
-    for (int half = 0; half < 2; ++half) {
-      threshold[half] = _mm512_loadu_ps(threshold_of + 16 * half);
-      below[half] = _mm512_loadu_si512(below_of + 16 * half);
-    }
+    for (int half = 0; half < 2; ++half) threshold[half] = _mm512_loadu_ps(threshold_of + 16 * half);
   }
 
   // NaN lands in bin 0 and below no threshold: 0.
