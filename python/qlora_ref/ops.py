@@ -293,8 +293,7 @@ def _register_native(backend, key: str) -> None:
         double_dequantize,
     )
     kernels += (linear_4bit, linear_4bit_backward)
-    if hasattr(backend, "lora_linear_4bit"):  # CUDA folds the adapter into the product (cuda_linear.py)
-        kernels += (lora_linear_4bit, lora_linear_4bit_backward)
+    kernels += (_without_autocast(lora_linear_4bit), _without_autocast(lora_linear_4bit_backward))
     for kernel in kernels:
         _lib.impl(kernel.__name__, kernel, key)
 
