@@ -1,8 +1,8 @@
-"""The gradient of an op: what torch.library.register_autograd does, with the node of the graph made before the product.
+"""The gradient of an op: what torch.library.register_autograd does, but the graph's node is made before the product.
 
-Checkpointing runs a block again until all that its backward needs is saved again, and stops there. A node that saves its
-inputs after the product makes it compute the last product of the block too, whose result nobody wants. In a Llama block
-that is down_proj: a fifth of the weights. Here the inputs are saved first.
+Checkpointing runs a block again until all that its backward needs is saved again, and stops there. A node that saves
+its inputs after the product makes it compute the last product of the block too, whose result nobody wants. In a Llama
+block that is down_proj: a fifth of the weights. Here the inputs are saved first.
 
 It also costs less: register_autograd goes through the schema at every call, which for 16 arguments takes 60 us.
 """

@@ -2,16 +2,16 @@
 
 Few tokens      y = x W'^T by a kernel that decodes the weight in registers, inside the product (src/cpp/linear_tile.h):
                 reading 4 bits a weight instead of 16 is what counts there.
-Many tokens     and dx = dy W': a panel of W' is dequantized into a buffer that is kept, and torch (oneDNN) multiplies it;
-                then the next panel. A large decoded weight never exists as a whole, and nothing is allocated
+Many tokens     and dx = dy W': a panel of W' is dequantized into a buffer that is kept, and torch (oneDNN) multiplies
+                it; then the next panel. A large decoded weight never exists as a whole, and nothing is allocated
                 (bitsandbytes allocates and page-faults 33 MB for one 4096 x 4096 product).
 
 Both use the bit-same W'. A panel is a slice of whole output features of y, or of whole input features of dx: each
 output is one inner product, rounded once, exactly as in one big product.
 
-LoRA adds thin products, with one side of `rank`. They are not folded into the large one as on the GPU: [x | s] [W' | B]^T
-costs a copy of x and a strided panel, and saved nothing at any shape measured. oneDNN and MKL like them best with the
-rank as rows: u^T = A x^T, (rank, tokens), is up to 1.7 times faster than u = x A^T.
+LoRA adds thin products, with one side of `rank`. They are not folded into the large one as on the GPU: the product
+[x | s] [W' | B]^T needs a copy of x, and took longer than the two together at every shape measured. oneDNN and MKL like
+the thin ones best with the rank as rows: u^T = A x^T, (rank, tokens), is up to 1.7 times faster than u = x A^T.
 """
 
 import threading
@@ -21,8 +21,8 @@ import torch
 
 # Up to here the kernel wins over panels, measured. oneDNN has no fast float16 product on this CPU: there ours goes far.
 FUSED_TOKENS = {torch.bfloat16: 128, torch.float16: 512, torch.float32: 48}
-# Measured at 256 tokens with 2 threads, 4096 x 4096 to 14336 x 4096, forward and backward: panels of 32 or 64 MB cost 1.06
-# to 1.12 of the products with a decoded weight, of 4 to 16 MB 1.07 to 1.19: every panel is two more waits of all threads.
+# Measured at 256 tokens with 2 threads, 4096 x 4096 to 14336 x 4096, LoRA forward and backward: panels of 32 or 64 MB
+# cost 1.06 to 1.16 of the same with a decoded weight, of 4 to 16 MB 1.07 to 1.19: each is two more waits of all threads.
 # And 576 features at once, no multiple of oneDNN's blocks times threads, cost up to 1.34, where 512 cost 1.05.
 PANEL_BYTES = 32 * 2**20
 PANEL_STEP = 256  # panels are multiples of this many features
