@@ -10,8 +10,8 @@ Both use the bit-same W'. A panel is a slice of whole output features of y, or o
 output is one inner product, rounded once, exactly as in one big product.
 
 LoRA adds thin products, with one side of `rank`. They are not folded into the large one as on the GPU: the product
-[x | s] [W' | B]^T needs a copy of x, and took longer than the two together at every shape measured. oneDNN and MKL like
-the thin ones best with the rank as rows: u^T = A x^T, (rank, tokens), is up to 1.7 times faster than u = x A^T.
+[x | s] [W' | B]^T needs a copy of x, which costs what it saves (five shapes measured). oneDNN and MKL like the
+thin ones best with the rank as rows: u^T = A x^T, (rank, tokens), is up to 1.7 times faster than u = x A^T.
 """
 
 import threading
