@@ -43,7 +43,7 @@ def register(
 
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return compute()
-        if not _is_plain(args[0]):
+        if not is_plain(args[0]):
             return Node.apply(*args, compute)
         y = Node.apply(*args, lambda: _hollow(args[0], output_shape(*args)))  # a recomputation stops in here
         y.data = compute()
@@ -52,7 +52,7 @@ def register(
     lib.impl(op._schema.name.split("::")[1], kernel, "Autograd", with_keyset=True)
 
 
-def _is_plain(x: torch.Tensor) -> bool:
+def is_plain(x: torch.Tensor) -> bool:
     """False under whatever follows operations instead of running them: compilers, fake tensors, torch.func."""
     return (
         type(x) in (torch.Tensor, torch.nn.Parameter)

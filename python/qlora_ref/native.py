@@ -54,6 +54,13 @@ def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, numel: int, devi
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
+def _check_stored(name: str, tensor: torch.Tensor, numel: int, device: torch.device) -> torch.Tensor:
+    """float32 values, or their bytes."""
+    if tensor.dtype == torch.uint8:
+        return _check(f"{name} (as bytes)", tensor, torch.uint8, 4 * numel, device)
+    return _check(name, tensor, torch.float32, numel, device)
+
+
 def _check_float(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype not in _DTYPE:
         raise TypeError(f"{name} must be float32, bfloat16 or float16, not {tensor.dtype}; convert with .float()")
@@ -206,7 +213,7 @@ class Backend:
         kept: tuple[Any, ...]
         absmax_args: tuple[int, ...]
         if nested_absmax is None:
-            absmax = _check("absmax", absmax, torch.float32, n_blocks, device)
+            absmax = _check_stored("absmax", absmax, n_blocks, device)
             kept = (packed, absmax)
             absmax_args = (absmax.data_ptr(), 0, 0, 0, 0, 1)
         else:
@@ -214,8 +221,8 @@ class Backend:
                 raise ValueError("nested_absmax is given, so map8 and absmax_mean must be given too")
             check_block_size(nested_block_size)
             codes = _check("absmax (the codes, as nested_absmax is given)", absmax, torch.uint8, n_blocks, device)
-            nested = _check("nested_absmax", nested_absmax, torch.float32, -(-n_blocks // nested_block_size), device)
-            mean = _check("absmax_mean", absmax_mean, torch.float32, 1, device)
+            nested = _check_stored("nested_absmax", nested_absmax, -(-n_blocks // nested_block_size), device)
+            mean = _check_stored("absmax_mean", absmax_mean, 1, device)
             kept = (packed, codes, nested, mean)
             absmax_args = (0, codes.data_ptr(), nested.data_ptr(), mean.data_ptr())
             absmax_args += (self._map_address(map8, device), nested_block_size)

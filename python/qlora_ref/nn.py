@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import ops
 from .quantized import QuantConfig, QuantizedTensor
 from .reference import lora as ref_lora
 
@@ -99,9 +100,12 @@ class Linear4bit(nn.Linear):
         return packed, self.absmax_codes.reshape(-1), _to_f32(self.nested_absmax), _to_f32(self.absmax_mean)
 
     def op_args(self) -> tuple:
-        """The eight arguments that stand for this weight in every op of `ops.py`."""
+        """The eight arguments that stand for this weight in every op of `ops.py`: the Parameters as they are stored."""
         c = self.config
-        return *self._stored(), c.quant_type, c.block_size, c.map8, c.nested_block_size
+        spec = c.quant_type, c.block_size, c.map8, c.nested_block_size
+        if not c.double_quant:
+            return self.weight, self.absmax, None, None, *spec
+        return self.weight, self.absmax_codes, self.nested_absmax, self.absmax_mean, *spec
 
     @property
     def quantized(self) -> QuantizedTensor:
@@ -136,7 +140,7 @@ class Linear4bit(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x_c = self.cast_input(x)
-        y = torch.ops.qlora_ref.linear_4bit(x_c, *self.op_args(), self.out_features, self.cast_bias(x_c.dtype))
+        y = ops.linear_4bit(x_c, *self.op_args(), self.out_features, self.cast_bias(x_c.dtype))
         return y if self.compute_dtype is None else y.to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -184,7 +188,7 @@ class LoRALinear(nn.Module):
         base = self.base_layer
         if isinstance(base, Linear4bit) and not (self.training and self.dropout.p > 0):
             x_c = base.cast_input(x)
-            y = torch.ops.qlora_ref.lora_linear_4bit(
+            y = ops.lora_linear_4bit(
                 *(x_c, *base.op_args(), base.out_features, base.cast_bias(x_c.dtype)),
                 *(self.lora_A, self.lora_B, self.scaling),
             )

@@ -13,6 +13,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
+from .. import ops
 from ..nn import Linear4bit
 from ..quantized import QuantizedTensor
 
@@ -92,7 +93,7 @@ class Lora4bit(PeftLinear):
             return super().forward(x, *args, **kwargs)
         base = self.base_layer
         x_c = base.cast_input(x)
-        y = torch.ops.qlora_ref.lora_linear_4bit(
+        y = ops.lora_linear_4bit(
             *(x_c, *base.op_args(), base.out_features, base.cast_bias(x_c.dtype)),
             *(self.lora_A[name].weight, self.lora_B[name].weight, float(self.scaling[name])),
         )

@@ -40,6 +40,6 @@ def merge(weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scal
     """W' + scaling * B A in the dtype of `weight` (fp32 sum, one rounding). Pass the *dequantized* weight.
 
     The adapter was trained on W', not on the original W. And do not quantize the result again: every weight of W' sits
-    on a level, so a small delta rounds away (tests/test_lora.py: of a delta of 1 % of the norm, less than 5 % survives).
+    on a level, so a small delta rounds away (tests/test_lora.py: of a delta of 1 % of the norm under 5 % survives).
     """
     return (weight.float() + delta_weight(lora_A.float(), lora_B.float(), scale)).to(weight.dtype)
