@@ -2,8 +2,9 @@
 //
 // The portable files (blockwise.cpp, double_quant.cpp, linear.cpp) cut the work into such pieces; a variant fills this
 // table. Every variant gives the same bits. A variant file may include only headers whose functions are always inlined
-// (math.h, element.h): anything else it emits could be the copy that the linker keeps for older CPUs.
+// (math.h, element.h, adamw_math.h): anything else it emits could be the copy that the linker keeps for older CPUs.
 #pragma once
+#include "adamw_math.h"
 #include "types.h"
 
 namespace qlora {
@@ -27,6 +28,16 @@ struct LinearScratch {
   void* sums;                   // kLinearRows registers of 64 bytes a token
 };
 
+// By DType: f32, bf16.
+struct AdamWLoops {
+  // By AdamWOrder: elements [begin, end) of a piece, a multiple of kAdamWRun.
+  void (*update[2][2])(const AdamWPiece& piece, const AdamWCoefficients& c, int64_t begin, int64_t end);
+  // Blocks [begin, end) of a piece, all of kStateBlock elements. `maps`: that of m, that of v.
+  void (*update_8bit[2])(const AdamW8bitPiece& piece, const AdamWCoefficients& c, const Map8* maps, int64_t begin,
+                         int64_t end);
+};
+constexpr int kAdamWRun = 16;
+
 struct Variant {
   const char* name;
   bool (*supported)();  // by the CPU this runs on
@@ -48,6 +59,8 @@ struct Variant {
   // x (m, cols) -> the order and type that linear_rows wants, linear_x_bytes an element
   void (*linear_prepare[3])(const void* x, int64_t m, int64_t cols, void* out);
   int linear_x_bytes[3];
+
+  AdamWLoops adamw;
 };
 
 extern const Variant scalar_variant, avx2_variant, avx512_variant, avx512_bf16_variant;

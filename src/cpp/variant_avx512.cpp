@@ -1,4 +1,4 @@
-// AVX-512 F, BW, VL, DQ: quantize, dequantize, double quantization. Bits as variant_scalar.cpp, which also gets the rests.
+// AVX-512 F, BW, VL, DQ: quantize, dequantize, double quantization, AdamW. Bits as variant_scalar.cpp, which also gets the rests.
 #include <immintrin.h>
 
 #include <cstring>
@@ -275,6 +275,8 @@ void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t b
 
 // --- double quantization -------------------------------------------------------------------------------------------------
 
+#include "variant_avx512_search.h"
+
 void double_quantize(const float* absmax, int64_t n, float mean, const Map8& map, uint8_t* codes,
                      float* nested_absmax) {
   uint32_t largest = 0;
@@ -292,21 +294,12 @@ void double_quantize(const float* absmax, int64_t n, float mean, const Map8& map
   while (lowest < 255 && !(double_decode(map.levels[lowest], scale, mean) >= 0.0f)) ++lowest;
   if (!(double_decode(map.levels[lowest], scale, mean) >= 0.0f)) lowest = 0;
 
-  float every16th[16];
-  for (int k = 0; k < 15; ++k) every16th[k] = map.thresholds[16 * k + 15];
-  const Bisection coarse(every16th);
+  const Search256 below(map.thresholds);
   const __m512 inverse = _mm512_set1_ps(1.0f / scale);
   for (int64_t i = 0; i < n; i += 16) {
     __mmask16 valid = n - i >= 16 ? 0xffff : __mmask16((1 << (n - i)) - 1);
     __m512 d = _mm512_sub_ps(_mm512_maskz_loadu_ps(valid, absmax + i), _mm512_set1_ps(mean));
-    __m512 s = _mm512_mul_ps(d, inverse);
-    __m512i count = _mm512_slli_epi32(coarse(s), 4);
-    for (int step = 8; step; step /= 2) {
-      __m512 next = _mm512_i32gather_ps(count, map.thresholds + step - 1, 4);
-      __mmask16 above = _mm512_cmp_ps_mask(next, s, _CMP_LT_OQ);
-      count = _mm512_mask_add_epi32(count, above, count, _mm512_set1_epi32(step));
-    }
-    count = _mm512_max_epi32(count, _mm512_set1_epi32(lowest));
+    __m512i count = _mm512_max_epi32(below(_mm512_mul_ps(d, inverse)), _mm512_set1_epi32(lowest));
     _mm_mask_storeu_epi8(codes + i, valid, _mm512_cvtepi32_epi8(count));
   }
 }
@@ -350,6 +343,10 @@ void double_dequantize(const Absmax& absmax, int64_t first, int64_t n, float* ou
     n -= size;
   }
 }
+
+// --- AdamW ---------------------------------------------------------------------------------------------------------------
+
+#include "variant_avx512_adamw.h"
 
 // --- linear --------------------------------------------------------------------------------------------------------------
 
@@ -430,6 +427,7 @@ const Variant avx512_variant = {
     {f32_rows<DType::f32>, f32_rows<DType::bf16>, f32_rows<DType::f16>},
     {f32_prepare<DType::f32>, f32_prepare<DType::bf16>, f32_prepare<DType::f16>},
     {4, 4, 4},
+    adamw_loops<AdamWLanes>,
 };
 
 }  // namespace qlora

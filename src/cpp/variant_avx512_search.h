@@ -1,0 +1,52 @@
+// The search of a 256-entry table in registers: number of the 255 ascending thresholds strictly below s, for 16 values.
+//
+// Bisection, with the thresholds in the order in which it meets them: level k has 2^k, one of which a value is compared
+// with, the one that its k comparisons so far (a number of k bits) choose. Up to 16 lie in a register, and one shuffle
+// finds each value's; a level of 2, 4, 8 registers takes a shuffle for every two of them, then the first comparisons,
+// which are the highest bits, select. No gather.
+//
+// Include in an unnamed namespace of an AVX-512 variant file.
+struct Search256 {
+  __m512 few[5];  // levels 0 to 4; the shorter ones repeat
+  __m512 level5[2], level6[4], level7[8];
+
+  // Thresholds 16 * part + lane of a level. Comparison k adds 2^(7 - k) to the count.
+  static inline __attribute__((always_inline)) __m512 load(const float* thresholds, int level, int part) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const int step = 128 >> level, inside = (1 << level) - 1;
+    const __m512i index = _mm512_mullo_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(inside)), _mm512_set1_epi32(2 * step));
+    return _mm512_i32gather_ps(index, thresholds + 32 * step * part + step - 1, 4);
+  }
+
+  inline __attribute__((always_inline)) explicit Search256(const float* thresholds) {
+#pragma GCC unroll 8
+    for (int part = 0; part < 8; ++part) {
+      if (part < 5) few[part] = load(thresholds, part, 0);
+      if (part < 2) level5[part] = load(thresholds, 5, part);
+      if (part < 4) level6[part] = load(thresholds, 6, part);
+      level7[part] = load(thresholds, 7, part);
+    }
+  }
+
+  // NaN is above no threshold: 0.
+  inline __attribute__((always_inline)) __m512i operator()(__m512 s) const {
+    __m512i count = _mm512_setzero_si512();
+    const auto compare = [&](__m512 threshold) {
+      const __mmask16 above = _mm512_cmp_ps_mask(threshold, s, _CMP_LT_OQ);
+      count = _mm512_add_epi32(count, count);
+      count = _mm512_mask_add_epi32(count, above, count, _mm512_set1_epi32(1));
+      return above;
+    };
+    const auto of32 = [&](const __m512* level) { return _mm512_permutex2var_ps(level[0], count, level[1]); };
+    const auto of64 = [&](const __m512* level, __mmask16 upper) {
+      return _mm512_mask_blend_ps(upper, of32(level), of32(level + 2));
+    };
+    const __mmask16 first = compare(few[0]);
+    const __mmask16 second = compare(_mm512_permutexvar_ps(count, few[1]));
+    for (int level = 2; level < 5; ++level) compare(_mm512_permutexvar_ps(count, few[level]));
+    compare(of32(level5));
+    compare(of64(level6, first));
+    compare(_mm512_mask_blend_ps(first, of64(level7, second), of64(level7 + 4, second)));
+    return count;
+  }
+};
