@@ -20,58 +20,64 @@ void adamw(const AdamWPiece& piece, const AdamWCoefficients& c, int64_t begin, i
   }
 }
 
-// What both directions of the 8-bit codec look up.
-template <class Lanes>
-struct MomentCodec {
-  typename Lanes::Levels levels;
-  typename Lanes::Search below;
-  int zero_code;
-
-  inline __attribute__((always_inline)) explicit MomentCodec(const Map8& map)
-      : levels(map.levels), below(map.thresholds), zero_code(map.zero_code) {}
-
-  // One block of codes -> floats.
-  inline __attribute__((always_inline)) void decode(const uint8_t* codes, float absmax, float* out) const {
-    for (int i = 0; i < kStateBlock; i += Lanes::kCount) {
-      Lanes::template store<DType::f32>(out + i, levels(codes + i) * absmax);
+// One block of floats -> codes, given its absmax. A code of x > 0 is at least `lowest` (see moment_code).
+template <class Lanes, int lowest>
+inline __attribute__((always_inline)) void encode_block(const float* x, float absmax, int zero_code,
+                                                        const typename Lanes::Search& below, uint8_t* codes) {
+  if (absmax == 0.0f) {
+    memset(codes, zero_code, kStateBlock);
+    return;
+  }
+  const float inverse = 1.0f / absmax;
+  const bool divide = absmax > kLargestInvertible;
+  constexpr int kTogether = Lanes::kTogether;
+  for (int i = 0; i < kStateBlock; i += kTogether * Lanes::kCount, x += kTogether * Lanes::kCount) {
+    typename Lanes::F value[kTogether], s[kTogether];
+    typename Lanes::Code code[kTogether];
+#pragma GCC unroll 8
+    for (int k = 0; k < kTogether; ++k) {
+      value[k] = Lanes::template load<DType::f32>(x + k * Lanes::kCount);
+      s[k] = divide ? value[k] / absmax : value[k] * inverse;
+    }
+    below(s, code);
+#pragma GCC unroll 8
+    for (int k = 0; k < kTogether; ++k) {
+      Lanes::template store_codes<lowest>(codes + i + k * Lanes::kCount, code[k], value[k]);
     }
   }
+}
 
-  // One block of floats -> codes; returns its absmax. A code of x > 0 is at least `lowest` (see moment_code).
-  template <int lowest>
-  inline __attribute__((always_inline)) float encode(const float* x, uint8_t* codes) const {
-    typename Lanes::Key key{};
-    for (int i = 0; i < kStateBlock; i += Lanes::kCount) key = Lanes::larger(key, x + i);
-    const float absmax = absmax_of_key(Lanes::largest(key)), inverse = 1.0f / absmax;
-    if (absmax == 0.0f) {
-      memset(codes, zero_code, kStateBlock);
-      return absmax;
-    }
-    const bool divide = absmax > kLargestInvertible;
-    for (int i = 0; i < kStateBlock; i += Lanes::kCount) {
-      const auto value = Lanes::template load<DType::f32>(x + i);
-      const auto code = below(divide ? value / absmax : value * inverse);
-      Lanes::template store_codes<lowest>(codes + i, code, value);
-    }
-    return absmax;
-  }
-};
-
+// A block's m is decoded first and alone, because two tables would not fit the registers of AVX-512. The look-ups of v
+// then run beside the divisions and square roots.
 template <class Lanes, DType dtype>
 void adamw_8bit(const AdamW8bitPiece& piece, const AdamWCoefficients& c, const Map8* maps, int64_t begin, int64_t end) {
   using T = typename Element<dtype>::type;
-  const MomentCodec<Lanes> m_codec(maps[0]), v_codec(maps[1]);
-  alignas(64) float m[kStateBlock], v[kStateBlock];
+  const typename Lanes::Levels m_levels(maps[0].levels), v_levels(maps[1].levels);
+  const typename Lanes::Search m_below(maps[0].thresholds), v_below(maps[1].thresholds);
+  const AdamWCoefficients mine = c;
+  alignas(64) float ms[kStateBlock], vs[kStateBlock];
   for (int64_t b = begin; b < end; ++b) {
-    const int64_t start = b * kStateBlock;
-    m_codec.decode(piece.m_codes + start, piece.m_absmax[b], m);
-    v_codec.decode(piece.v_codes + start, piece.v_absmax[b], v);
-    AdamWPiece block{};
-    block.param = static_cast<T*>(piece.param) + start, block.grad = static_cast<const T*>(piece.grad) + start;
-    block.exp_avg = m, block.exp_avg_sq = v;
-    adamw<Lanes, dtype, AdamWOrder::loop>(block, c, 0, kStateBlock);
-    piece.m_absmax[b] = m_codec.template encode<0>(m, piece.m_codes + start);
-    piece.v_absmax[b] = v_codec.template encode<1>(v, piece.v_codes + start);
+    T* param = static_cast<T*>(piece.param) + b * kStateBlock;
+    const T* grad = static_cast<const T*>(piece.grad) + b * kStateBlock;
+    uint8_t *m_codes = piece.m_codes + b * kStateBlock, *v_codes = piece.v_codes + b * kStateBlock;
+    const float m_absmax = piece.m_absmax[b], v_absmax = piece.v_absmax[b];
+    for (int i = 0; i < kStateBlock; i += Lanes::kCount) {
+      Lanes::template store<DType::f32>(ms + i, m_levels(m_codes + i) * m_absmax);
+    }
+    typename Lanes::Key m_key{}, v_key{};
+    for (int i = 0; i < kStateBlock; i += Lanes::kCount) {
+      auto theta = Lanes::template load<dtype>(param + i), m = Lanes::template load<DType::f32>(ms + i);
+      auto v = v_levels(v_codes + i) * v_absmax;
+      adamw_element<AdamWOrder::loop, Lanes>(theta, Lanes::template load<dtype>(grad + i), m, v, mine);
+      Lanes::template store<dtype>(param + i, theta);
+      Lanes::template store<DType::f32>(ms + i, m);
+      Lanes::template store<DType::f32>(vs + i, v);
+      m_key = Lanes::larger(m_key, m), v_key = Lanes::larger(v_key, v);
+    }
+    piece.m_absmax[b] = absmax_of_key(Lanes::largest(m_key));
+    piece.v_absmax[b] = absmax_of_key(Lanes::largest(v_key));
+    encode_block<Lanes, 0>(ms, piece.m_absmax[b], maps[0].zero_code, m_below, m_codes);
+    encode_block<Lanes, 1>(vs, piece.v_absmax[b], maps[1].zero_code, v_below, v_codes);
   }
 }
 

@@ -299,8 +299,11 @@ void double_quantize(const float* absmax, int64_t n, float mean, const Map8& map
   for (int64_t i = 0; i < n; i += 16) {
     __mmask16 valid = n - i >= 16 ? 0xffff : __mmask16((1 << (n - i)) - 1);
     __m512 d = _mm512_sub_ps(_mm512_maskz_loadu_ps(valid, absmax + i), _mm512_set1_ps(mean));
-    __m512i count = _mm512_max_epi32(below(_mm512_mul_ps(d, inverse)), _mm512_set1_epi32(lowest));
-    _mm_mask_storeu_epi8(codes + i, valid, _mm512_cvtepi32_epi8(count));
+    const __m512 s[] = {_mm512_mul_ps(d, inverse)};
+    __m512i count[1];
+    below(s, count);
+    count[0] = _mm512_max_epi32(count[0], _mm512_set1_epi32(lowest));
+    _mm_mask_storeu_epi8(codes + i, valid, _mm512_cvtepi32_epi8(count[0]));
   }
 }
 

@@ -4,8 +4,9 @@
 struct AdamWLanes {
   using F = __m512;
   using Key = __m512i;
+  using Code = __m512i;
   using Search = Search256;
-  static constexpr int kCount = 16;
+  static constexpr int kCount = 16, kTogether = 4;
 
   static inline __attribute__((always_inline)) F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static inline __attribute__((always_inline)) F fma(float a, F b, F c) { return fma(_mm512_set1_ps(a), b, c); }
@@ -31,8 +32,8 @@ struct AdamWLanes {
     }
   }
 
-  static inline __attribute__((always_inline)) Key larger(Key key, const float* x) {
-    return _mm512_max_epu32(key, _mm512_and_si512(_mm512_loadu_si512(x), _mm512_set1_epi32(0x7fffffff)));
+  static inline __attribute__((always_inline)) Key larger(Key key, F x) {
+    return _mm512_max_epu32(key, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
   }
   static inline __attribute__((always_inline)) uint32_t largest(Key key) { return _mm512_reduce_max_epu32(key); }
 

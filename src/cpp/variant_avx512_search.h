@@ -28,25 +28,35 @@ struct Search256 {
     }
   }
 
-  // NaN is above no threshold: 0.
-  inline __attribute__((always_inline)) __m512i operator()(__m512 s) const {
-    __m512i count = _mm512_setzero_si512();
-    const auto compare = [&](__m512 threshold) {
-      const __mmask16 above = _mm512_cmp_ps_mask(threshold, s, _CMP_LT_OQ);
-      count = _mm512_add_epi32(count, count);
-      count = _mm512_mask_add_epi32(count, above, count, _mm512_set1_epi32(1));
-      return above;
+  // Several registers at a time: one alone would wait for its own comparisons. NaN is above no threshold: 0.
+  template <int N>
+  inline __attribute__((always_inline)) void operator()(const __m512 (&s)[N], __m512i (&count)[N]) const {
+    __mmask16 above[3][N];  // of the last level, and of the first two
+    const auto compare = [&](int keep, const auto& threshold) {
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) {
+        above[keep][i] = _mm512_cmp_ps_mask(threshold(i), s[i], _CMP_LT_OQ);
+        count[i] = _mm512_add_epi32(count[i], count[i]);
+        count[i] = _mm512_mask_add_epi32(count[i], above[keep][i], count[i], _mm512_set1_epi32(1));
+      }
     };
-    const auto of32 = [&](const __m512* level) { return _mm512_permutex2var_ps(level[0], count, level[1]); };
-    const auto of64 = [&](const __m512* level, __mmask16 upper) {
-      return _mm512_mask_blend_ps(upper, of32(level), of32(level + 2));
+    const auto of32 = [&](int i, const __m512* level) { return _mm512_permutex2var_ps(level[0], count[i], level[1]); };
+    const auto of64 = [&](int i, const __m512* level, __mmask16 upper) {
+      return _mm512_mask_blend_ps(upper, of32(i, level), of32(i, level + 2));
     };
-    const __mmask16 first = compare(few[0]);
-    const __mmask16 second = compare(_mm512_permutexvar_ps(count, few[1]));
-    for (int level = 2; level < 5; ++level) compare(_mm512_permutexvar_ps(count, few[level]));
-    compare(of32(level5));
-    compare(of64(level6, first));
-    compare(_mm512_mask_blend_ps(first, of64(level7, second), of64(level7 + 4, second)));
-    return count;
+    const auto of128 = [&](int i, const __m512* level) {
+      return _mm512_mask_blend_ps(above[1][i], of64(i, level, above[2][i]), of64(i, level + 4, above[2][i]));
+    };
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) count[i] = _mm512_setzero_si512();
+    compare(1, [&](int) { return few[0]; });
+    compare(2, [&](int i) { return _mm512_permutexvar_ps(count[i], few[1]); });
+#pragma GCC unroll 3
+    for (int level = 2; level < 5; ++level) {
+      compare(0, [&](int i) { return _mm512_permutexvar_ps(count[i], few[level]); });
+    }
+    compare(0, [&](int i) { return of32(i, level5); });
+    compare(0, [&](int i) { return of64(i, level6, above[1][i]); });
+    compare(0, [&](int i) { return of128(i, level7); });
   }
 };

@@ -101,7 +101,8 @@ void double_dequantize(const Absmax& absmax, int64_t first, int64_t n, float* ou
 
 struct AdamWLanes : OneFloat {
   using Key = uint32_t;
-  static constexpr int kCount = 1;
+  using Code = int;
+  static constexpr int kCount = 1, kTogether = 1;
 
   template <DType dtype>
   QLORA_HD float load(const typename Element<dtype>::type* x) {
@@ -111,7 +112,7 @@ struct AdamWLanes : OneFloat {
   QLORA_HD void store(typename Element<dtype>::type* out, float x) {
     *out = Element<dtype>::store(x);
   }
-  QLORA_HD Key larger(Key key, const float* x) { return magnitude_key(*x) > key ? magnitude_key(*x) : key; }
+  QLORA_HD Key larger(Key key, float x) { return magnitude_key(x) > key ? magnitude_key(x) : key; }
   QLORA_HD uint32_t largest(Key key) { return key; }
   template <int lowest>
   QLORA_HD void store_codes(uint8_t* codes, int code, float x) {
@@ -125,7 +126,7 @@ struct AdamWLanes : OneFloat {
   struct Search {
     const float* thresholds;
     explicit Search(const float* thresholds) : thresholds(thresholds) {}
-    int operator()(float s) const { return count_below_255(thresholds, s); }
+    void operator()(const float (&s)[1], int (&count)[1]) const { count[0] = count_below_255(thresholds, s[0]); }
   };
 };
 
