@@ -22,7 +22,7 @@ void update_rest(const AdamW8bitPiece& piece, const AdamWCoefficients& c, const 
   std::copy_n(static_cast<const T*>(piece.grad) + start, n, grad);
   std::fill(std::copy_n(piece.m_codes + start, n, m_codes), m_codes + kStateBlock, uint8_t(maps[0].zero_code));
   std::fill(std::copy_n(piece.v_codes + start, n, v_codes), v_codes + kStateBlock, uint8_t(maps[1].zero_code));
-  const AdamW8bitPiece whole{param, grad, m_codes, piece.m_absmax + block, v_codes, piece.v_absmax + block,
+  const AdamW8bitPiece whole{param,      grad,       m_codes, piece.m_absmax + block, v_codes, piece.v_absmax + block,
                              piece.step, kStateBlock};
   variant().adamw.update_8bit[int(dtype)](whole, c, maps, 0, 1);
   std::copy_n(param, n, param_at);

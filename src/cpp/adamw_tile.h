@@ -1,5 +1,5 @@
 // The AdamW step over memory that one thread owns, for all instruction sets; a variant brings the Lanes: a register of
-// kCount floats, its loads and stores, and the 8-bit codec. What one element does is in adamw_math.h.
+// kCount floats, its loads and stores, and the two look-ups of the 8-bit codec. What one element does is in adamw_math.h.
 //
 // Include in an unnamed namespace of a variant file (see variant.h about inlining).
 
@@ -8,8 +8,9 @@ void adamw(const AdamWPiece& piece, const AdamWCoefficients& c, int64_t begin, i
   using T = typename Element<dtype>::type;
   T* __restrict param = static_cast<T*>(piece.param);
   const T* __restrict grad = static_cast<const T*>(piece.grad);
-  float *__restrict exp_avg = piece.exp_avg, *__restrict exp_avg_sq = piece.exp_avg_sq;
-  const AdamWCoefficients mine = c;  // as nothing that is written here can be
+  float* __restrict exp_avg = piece.exp_avg;
+  float* __restrict exp_avg_sq = piece.exp_avg_sq;
+  const AdamWCoefficients mine = c;  // nothing written here can change it, so it stays in registers
   for (int64_t i = begin; i < end; i += Lanes::kCount) {
     auto theta = Lanes::template load<dtype>(param + i);
     auto m = Lanes::template load<DType::f32>(exp_avg + i), v = Lanes::template load<DType::f32>(exp_avg_sq + i);
@@ -20,10 +21,18 @@ void adamw(const AdamWPiece& piece, const AdamWCoefficients& c, int64_t begin, i
   }
 }
 
+// One block of codes -> floats.
+template <class Lanes>
+QLORA_HD void decode_block(const uint8_t* codes, float absmax, const typename Lanes::Levels& levels, float* x) {
+  for (int i = 0; i < kStateBlock; i += Lanes::kCount) {
+    Lanes::template store<DType::f32>(x + i, levels(codes + i) * absmax);
+  }
+}
+
 // One block of floats -> codes, given its absmax. A code of x > 0 is at least `lowest` (see moment_code).
 template <class Lanes, int lowest>
-inline __attribute__((always_inline)) void encode_block(const float* x, float absmax, int zero_code,
-                                                        const typename Lanes::Search& below, uint8_t* codes) {
+QLORA_HD void encode_block(const float* x, float absmax, int zero_code, const typename Lanes::Search& below,
+                           uint8_t* codes) {
   if (absmax == 0.0f) {
     memset(codes, zero_code, kStateBlock);
     return;
@@ -34,21 +43,20 @@ inline __attribute__((always_inline)) void encode_block(const float* x, float ab
   for (int i = 0; i < kStateBlock; i += kTogether * Lanes::kCount, x += kTogether * Lanes::kCount) {
     typename Lanes::F value[kTogether], s[kTogether];
     typename Lanes::Code code[kTogether];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int k = 0; k < kTogether; ++k) {
       value[k] = Lanes::template load<DType::f32>(x + k * Lanes::kCount);
       s[k] = divide ? value[k] / absmax : value[k] * inverse;
     }
     below(s, code);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int k = 0; k < kTogether; ++k) {
       Lanes::template store_codes<lowest>(codes + i + k * Lanes::kCount, code[k], value[k]);
     }
   }
 }
 
-// A block's m is decoded first and alone, because two tables would not fit the registers of AVX-512. The look-ups of v
-// then run beside the divisions and square roots.
+// Loop after loop over a block that stays in the first-level cache: each needs the registers for its own table.
 template <class Lanes, DType dtype>
 void adamw_8bit(const AdamW8bitPiece& piece, const AdamWCoefficients& c, const Map8* maps, int64_t begin, int64_t end) {
   using T = typename Element<dtype>::type;
@@ -60,14 +68,12 @@ void adamw_8bit(const AdamW8bitPiece& piece, const AdamWCoefficients& c, const M
     T* param = static_cast<T*>(piece.param) + b * kStateBlock;
     const T* grad = static_cast<const T*>(piece.grad) + b * kStateBlock;
     uint8_t *m_codes = piece.m_codes + b * kStateBlock, *v_codes = piece.v_codes + b * kStateBlock;
-    const float m_absmax = piece.m_absmax[b], v_absmax = piece.v_absmax[b];
-    for (int i = 0; i < kStateBlock; i += Lanes::kCount) {
-      Lanes::template store<DType::f32>(ms + i, m_levels(m_codes + i) * m_absmax);
-    }
+    decode_block<Lanes>(m_codes, piece.m_absmax[b], m_levels, ms);
+    decode_block<Lanes>(v_codes, piece.v_absmax[b], v_levels, vs);
     typename Lanes::Key m_key{}, v_key{};
     for (int i = 0; i < kStateBlock; i += Lanes::kCount) {
-      auto theta = Lanes::template load<dtype>(param + i), m = Lanes::template load<DType::f32>(ms + i);
-      auto v = v_levels(v_codes + i) * v_absmax;
+      auto theta = Lanes::template load<dtype>(param + i);
+      auto m = Lanes::template load<DType::f32>(ms + i), v = Lanes::template load<DType::f32>(vs + i);
       adamw_element<AdamWOrder::loop, Lanes>(theta, Lanes::template load<dtype>(grad + i), m, v, mine);
       Lanes::template store<dtype>(param + i, theta);
       Lanes::template store<DType::f32>(ms + i, m);

@@ -5,18 +5,18 @@ struct AdamWLanes {
   using F = __m256;
   using Key = __m256i;
   using Code = __m256i;
-  static constexpr int kCount = 8, kTogether = 2;
+  static constexpr int kCount = 8, kTogether = 4;
 
-  static inline __attribute__((always_inline)) F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-  static inline __attribute__((always_inline)) F fma(float a, F b, F c) { return fma(_mm256_set1_ps(a), b, c); }
-  static inline __attribute__((always_inline)) F sqrt(F x) { return _mm256_sqrt_ps(x); }
+  QLORA_HD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  QLORA_HD F fma(float a, F b, F c) { return fma(_mm256_set1_ps(a), b, c); }
+  QLORA_HD F sqrt(F x) { return _mm256_sqrt_ps(x); }
 
   template <DType dtype>
-  static inline __attribute__((always_inline)) F load(const typename Element<dtype>::type* x) {
+  QLORA_HD F load(const typename Element<dtype>::type* x) {
     return load8<dtype>(x);
   }
   template <DType dtype>
-  static inline __attribute__((always_inline)) void store(typename Element<dtype>::type* out, F x) {
+  QLORA_HD void store(typename Element<dtype>::type* out, F x) {
     if constexpr (dtype == DType::f32) {
       _mm256_storeu_ps(out, x);
     } else {  // as float_to_bf16
@@ -28,13 +28,13 @@ struct AdamWLanes {
     }
   }
 
-  static inline __attribute__((always_inline)) Key larger(Key key, F x) {
+  QLORA_HD Key larger(Key key, F x) {
     return _mm256_max_epu32(key, _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff)));
   }
-  static inline __attribute__((always_inline)) uint32_t largest(Key key) { return largest_of(key); }
+  QLORA_HD uint32_t largest(Key key) { return largest_of(key); }
 
   template <int lowest>
-  static inline __attribute__((always_inline)) void store_codes(uint8_t* codes, Code code, F x) {
+  QLORA_HD void store_codes(uint8_t* codes, Code code, F x) {
     if constexpr (lowest > 0) {
       __m256i positive = _mm256_castps_si256(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ));
       code = _mm256_max_epi32(code, _mm256_and_si256(positive, _mm256_set1_epi32(lowest)));
@@ -52,54 +52,58 @@ struct AdamWLanes {
     }
   };
 
-  // Number of thresholds strictly below s, by bisection: the first 31 thresholds it may meet lie in registers, in the
-  // order of variant_avx512_search.h, the others are gathered. NaN is above no threshold: 0.
+  // As Search256 of variant_avx512_search.h, to six of the eight levels: the thresholds of the last two are gathered.
   struct Search {
     const float* thresholds;
-    F few[4], level4[2];
+    F few[4], level4[2], level5[4];
 
     // Thresholds 8 * part + lane of a level; the shorter ones repeat.
-    static inline __attribute__((always_inline)) F load(const float* thresholds, int level, int part) {
+    QLORA_HD F load(const float* thresholds, int level, int part) {
       const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
       const int step = 128 >> level, inside = (1 << level) - 1;
       __m256i index = _mm256_and_si256(lane, _mm256_set1_epi32(inside));
       index = _mm256_mullo_epi32(index, _mm256_set1_epi32(2 * step));
       return _mm256_i32gather_ps(thresholds + 16 * step * part + step - 1, index, 4);
     }
+
     inline __attribute__((always_inline)) explicit Search(const float* thresholds) : thresholds(thresholds) {
-      for (int level = 0; level < 4; ++level) few[level] = load(thresholds, level, 0);
-      for (int part = 0; part < 2; ++part) level4[part] = load(thresholds, 4, part);
+#pragma GCC unroll 4
+      for (int part = 0; part < 4; ++part) {
+        few[part] = load(thresholds, part, 0);
+        if (part < 2) level4[part] = load(thresholds, 4, part);
+        level5[part] = load(thresholds, 5, part);
+      }
     }
 
     template <int N>
     inline __attribute__((always_inline)) void operator()(const F (&s)[N], Code (&count)[N]) const {
-      F first[N];
-      const auto compare = [&](const auto& threshold, F* above) {
+      F above[3][N];  // of the last level, and of the first two
+      const auto compare = [&](int keep, const auto& threshold) {
 #pragma GCC unroll 4
         for (int i = 0; i < N; ++i) {
-          above[i] = _mm256_cmp_ps(threshold(i), s[i], _CMP_LT_OQ);
-          count[i] = _mm256_sub_epi32(_mm256_add_epi32(count[i], count[i]), _mm256_castps_si256(above[i]));
+          above[keep][i] = _mm256_cmp_ps(threshold(i), s[i], _CMP_LT_OQ);
+          count[i] = _mm256_sub_epi32(_mm256_add_epi32(count[i], count[i]), _mm256_castps_si256(above[keep][i]));
         }
       };
-      F above[N];
+      const auto of16 = [&](int i, const F* level, F upper) {
+        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(level[0], count[i]),
+                                _mm256_permutevar8x32_ps(level[1], count[i]), upper);
+      };
+      const auto gathered = [&](int i, int step) {
+        return _mm256_i32gather_ps(thresholds + step - 1, _mm256_mullo_epi32(count[i], _mm256_set1_epi32(2 * step)), 4);
+      };
 #pragma GCC unroll 4
       for (int i = 0; i < N; ++i) count[i] = _mm256_setzero_si256();
-      compare([&](int) { return few[0]; }, first);
-#pragma GCC unroll 3
-      for (int level = 1; level < 4; ++level) {
-        compare([&](int i) { return _mm256_permutevar8x32_ps(few[level], count[i]); }, above);
-      }
-      compare([&](int i) {
-        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(level4[0], count[i]),
-                                _mm256_permutevar8x32_ps(level4[1], count[i]), first[i]);
-      }, above);
-#pragma GCC unroll 3
-      for (int step = 4; step; step /= 2) {  // thresholds[count * 2 * step + step - 1]
-        compare([&](int i) {
-          __m256i index = _mm256_mullo_epi32(count[i], _mm256_set1_epi32(2 * step));
-          return _mm256_i32gather_ps(thresholds + step - 1, index, 4);
-        }, above);
-      }
+      compare(1, [&](int) { return few[0]; });
+      compare(2, [&](int i) { return _mm256_permutevar8x32_ps(few[1], count[i]); });
+      compare(0, [&](int i) { return _mm256_permutevar8x32_ps(few[2], count[i]); });
+      compare(0, [&](int i) { return _mm256_permutevar8x32_ps(few[3], count[i]); });
+      compare(0, [&](int i) { return of16(i, level4, above[1][i]); });
+      compare(0, [&](int i) {
+        return _mm256_blendv_ps(of16(i, level5, above[2][i]), of16(i, level5 + 2, above[2][i]), above[1][i]);
+      });
+      compare(0, [&](int i) { return gathered(i, 2); });
+      compare(0, [&](int i) { return gathered(i, 1); });
     }
   };
 };

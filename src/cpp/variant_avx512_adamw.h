@@ -8,18 +8,18 @@ struct AdamWLanes {
   using Search = Search256;
   static constexpr int kCount = 16, kTogether = 4;
 
-  static inline __attribute__((always_inline)) F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-  static inline __attribute__((always_inline)) F fma(float a, F b, F c) { return fma(_mm512_set1_ps(a), b, c); }
-  static inline __attribute__((always_inline)) F sqrt(F x) { return _mm512_sqrt_ps(x); }
+  QLORA_HD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  QLORA_HD F fma(float a, F b, F c) { return fma(_mm512_set1_ps(a), b, c); }
+  QLORA_HD F sqrt(F x) { return _mm512_sqrt_ps(x); }
 
   template <DType dtype>
-  static inline __attribute__((always_inline)) F load(const typename Element<dtype>::type* x) {
+  QLORA_HD F load(const typename Element<dtype>::type* x) {
     if constexpr (dtype == DType::f32) return _mm512_loadu_ps(x);
     __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
   }
   template <DType dtype>
-  static inline __attribute__((always_inline)) void store(typename Element<dtype>::type* out, F x) {
+  QLORA_HD void store(typename Element<dtype>::type* out, F x) {
     if constexpr (dtype == DType::f32) {
       _mm512_storeu_ps(out, x);
     } else {  // as float_to_bf16; vcvtneps2bf16 would flush subnormals
@@ -32,13 +32,13 @@ struct AdamWLanes {
     }
   }
 
-  static inline __attribute__((always_inline)) Key larger(Key key, F x) {
+  QLORA_HD Key larger(Key key, F x) {
     return _mm512_max_epu32(key, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
   }
-  static inline __attribute__((always_inline)) uint32_t largest(Key key) { return _mm512_reduce_max_epu32(key); }
+  QLORA_HD uint32_t largest(Key key) { return _mm512_reduce_max_epu32(key); }
 
   template <int lowest>
-  static inline __attribute__((always_inline)) void store_codes(uint8_t* codes, __m512i code, F x) {
+  QLORA_HD void store_codes(uint8_t* codes, __m512i code, F x) {
     if constexpr (lowest > 0) {
       __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
       code = _mm512_mask_max_epi32(code, positive, code, _mm512_set1_epi32(lowest));
