@@ -344,15 +344,17 @@ def test_native_8bit_blocks(backend, dtype):
     assert_8bit_step(backend, param, grad, states, SETTINGS[0], steps=3)
 
 
-def test_native_8bit_beside_the_thresholds(backend):
-    """With beta1 = beta2 = 0 the new moments are g and g^2: on every threshold of both maps and one ulp off."""
+@pytest.mark.parametrize("scale", [1.0, 1.7e19, 3.1e38], ids=["one", "large v", "large m"])
+def test_native_8bit_beside_the_thresholds(backend, scale):
+    """With beta1 = beta2 = 0 the new moments are g and g^2: on every threshold of both maps and one ulp off,
+    unscaled, and where v or m is divided by an absmax whose reciprocal is subnormal."""
     around = []
     for name, root in (("dynamic", False), ("dynamic_unsigned", True)):
         thresholds = get_map8(name).thresholds
         x = thresholds.double().sqrt().float() if root else thresholds
         around += [x, x.nextafter(torch.tensor(2.0)), x.nextafter(torch.tensor(-2.0))]
     grad = torch.cat(around).view(-1, 255)
-    grad = torch.cat([grad, torch.ones(len(grad), 1)], dim=1).flatten()  # absmax 1: nothing is scaled
+    grad = torch.cat([grad, torch.ones(len(grad), 1)], dim=1).flatten() * scale
     zeros = torch.zeros_like(grad)
     assert_8bit_step(backend, zeros.clone(), grad, encode_moments(zeros, zeros), SETTINGS[2])
 
@@ -400,6 +402,18 @@ def test_misaligned_runs(backend, dtype, offset):
     ours = [torch.cat([t[:offset], t])[offset:] for t in expected]
     adamw_step(*expected, AdamWScalars(1, **SETTINGS[0]))
     backend.adamw(*[[t] for t in ours], [torch.tensor(1.0)], **SETTINGS[0])
+    for e, a in zip(expected, ours, strict=True):
+        assert_bits_equal(a, e)
+
+
+def test_nan_stays_nan_in_bf16(backend):
+    """Rounded like a number, this NaN would overflow to -0."""
+    param, grad, m, v = problem(64, torch.bfloat16)
+    m.view(torch.int32)[5::7] = 0x7FFFFFFF
+    expected, ours = [[t.clone() for t in (param, grad, m, v)] for _ in range(2)]
+    adamw_step(*expected, AdamWScalars(1, **SETTINGS[0]))
+    backend.adamw(*[[t] for t in ours], [torch.tensor(1.0)], **SETTINGS[0])
+    assert ours[0].isnan().nonzero().flatten().tolist() == list(range(5, 64, 7))
     for e, a in zip(expected, ours, strict=True):
         assert_bits_equal(a, e)
 
