@@ -26,6 +26,7 @@ from qlora_ref.testing.timing import interleaved
 SHAPES, TENSORS = ((64, 4096), (4096, 64)), 32
 ELEMENTS = TENSORS * 64 * 4096
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKEND: Any = native.cuda if DEVICE == "cuda" else native.cpu
 SCALARS = dict(lr=1e-4, beta1=0.9, beta2=0.999, weight_decay=0.01, eps=1e-8)
 
 
@@ -66,14 +67,15 @@ def kernel_step(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     flat, grads = [p.detach().view(-1) for p in params], [p.grad.view(-1) for p in params]
     m, v = ([optimizer.state[p][name].view(-1) for p in params] for name in ("exp_avg", "exp_avg_sq"))
     steps = [optimizer.state[p]["step"] for p in params]
-    backend: Any = native.cuda if DEVICE == "cuda" else native.cpu
-    return lambda: backend.adamw(flat, grads, m, v, steps, **SCALARS)
+    return lambda: BACKEND.adamw(flat, grads, m, v, steps, **SCALARS)
 
 
 def arms(bits: int, dtype: torch.dtype, bnb) -> dict[str, Callable[[], Any]]:
     torchs = torch.optim.AdamW(parameters(dtype), lr=1e-4, fused=True)
-    made: dict[str, Any] = {"ours": PagedAdamW(parameters(dtype), lr=1e-4, bits=bits).step, "torch": torchs.step}
-    if bits == 32 and dtype == torch.float32:
+    made: dict[str, Any] = {"torch": torchs.step, "ours": PagedAdamW(parameters(dtype), lr=1e-4, bits=bits).step}
+    if (
+        BACKEND and bits == 32 and dtype == torch.float32
+    ):  # not right after torch, which has left some of the tensors in a cache
         made["kernel"] = kernel_step(torchs)
     if bnb:
         made["bitsandbytes"] = (bnb.optim.AdamW8bit if bits == 8 else bnb.optim.AdamW)(parameters(dtype), lr=1e-4).step

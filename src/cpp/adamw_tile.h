@@ -1,5 +1,5 @@
 // The AdamW step over memory that one thread owns, for all instruction sets; a variant brings the Lanes: a register of
-// kCount floats, its loads and stores, and the two look-ups of the 8-bit codec. What one element does is in adamw_math.h.
+// kCount floats, its loads and stores, the two look-ups of the 8-bit codec. What one element does is in adamw_math.h.
 //
 // Include in an unnamed namespace of a variant file (see variant.h about inlining).
 
