@@ -3,9 +3,13 @@
 test_parity.py runs all cases on the fastest variant; here each variant is forced, on fewer and nastier inputs.
 """
 
+import dataclasses
+import math
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +87,46 @@ def test_double_quantization_equals_the_reference(variant, data, map8):
         assert_bits_equal(nested, want_nested, f"{variant} nested_absmax")
         got = native.cpu.double_dequantize(codes, nested, mean, table, size)
         assert_bits_equal(got, double_dequantize(codes, nested, mean, table, size), f"{variant} absmax'")
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+def test_dequantize_of_any_absmax(variant, block_size):
+    """Inf, NaN, subnormal, negative, and both sides of where a variant changes its way to round."""
+    powers = [2.0**e * (1 + d) for e in (-149, -127, -126, -101, -100, -99, 127) for d in (-(2.0**-24), 0, 2.0**-20)]
+    absmax = torch.tensor([math.inf, math.nan, 0.0, 3.0e38, 1e-45, *powers], dtype=torch.float32)
+    absmax = torch.cat([absmax, -absmax])
+    nf4 = get_codebook("nf4")
+    tiny = dataclasses.replace(nf4, levels=nf4.levels * torch.tensor([2.0**-27, 1.0]).repeat(8))
+    packed = torch.randint(256, (absmax.numel() * block_size // 2,), dtype=torch.uint8)
+    for codebook in (nf4, tiny):
+        for dtype in DTYPES:
+            n = absmax.numel() * block_size
+            got = native.cpu.dequantize_4bit(packed, absmax, None, None, codebook, block_size, None, 256, (n,), dtype)
+            want = dequantize_blockwise(packed, absmax, codebook, block_size, (n,), dtype)
+            assert_bits_equal(got, want, f"{variant} {dtype}")
+
+
+def test_mean_of_the_absmax(variant):
+    """The reference's bits, and a plain "not certain" where the order of adding could change them."""
+
+    def mean_of(absmax):
+        """Of blocks of 32 with this absmax; and whether the kernel was certain."""
+        x, nf4 = absmax.repeat_interleave(32), get_codebook("nf4")
+        got, mean = native.cpu.quantize_4bit_mean(x, nf4, 32)[1:]
+        assert_bits_equal(got, quantize_blockwise(x, nf4, 32, check_finite=False)[1], f"{variant} absmax")
+        assert_bits_equal(mean, absmax_mean(got), f"{variant} {len(absmax)}")
+        return native.cpu._quantize_4bit_mean(x, nf4, 32)[3]
+
+    generator, certain = torch.Generator().manual_seed(0), 0
+    for n in (1, 2, 31, 33, 1000, 40_003):
+        for spread in (0, 4, 30):
+            certain += mean_of(torch.rand(n, generator=generator) * 10 ** (spread * torch.rand(n, generator=generator)))
+    assert certain >= 16  # of 18
+    assert not mean_of(torch.tensor([1.0, 1.0 + 2.0**-23]))  # halfway between two floats
+    assert not mean_of(torch.tensor([1.0, math.nan]))
+    assert not mean_of(torch.empty(0))
+    x = torch.tensor([-1.0]).repeat(32)  # bof4_s keeps the sign of the absmax
+    assert not native.cpu._quantize_4bit_mean(x, get_codebook("bof4_s", 32), 32)[3]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -190,6 +234,19 @@ raise SystemExit(status if same else 2)
 """
     result = run_python(code)
     assert result.returncode == 0, result.stderr
+
+
+def test_no_variant_runs_anything_when_the_module_is_loaded():
+    """A static initializer of a file compiled for AVX-512 would end the import on every CPU without it."""
+    root = Path(__file__).resolve().parents[1]
+    objects = sorted((root / "build").rglob("variant_avx*.o"))
+    sources = {path: root / "src" / "cpp" / path.stem for path in objects}  # x.cpp.o -> x.cpp
+    objects = [o for o in objects if sources[o].exists() and o.stat().st_mtime > sources[o].stat().st_mtime]
+    if not objects or not shutil.which("nm"):
+        pytest.skip("no object files of the variants, or no nm, here")
+    for path in objects:
+        symbols = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
+        assert "_GLOBAL__sub_I" not in symbols, path.name
 
 
 def test_unknown_variant_lists_those_available():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qlora_ref import ops
 from qlora_ref.quantized import QuantConfig, QuantizedTensor
 from qlora_ref.testing.compare import assert_bits_equal
 
@@ -45,3 +46,71 @@ def test_codes_come_from_the_exact_absmax():
 def test_bad_input_is_a_sentence(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+# --- out= ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_dequantize_into_out(dtype, double_quant):
+    q = QuantizedTensor.quantize(torch.randn(70, 130), QuantConfig(double_quant=double_quant))
+    expected = q.dequantize(dtype)
+    out = torch.full((70, 130), -1.0, dtype=dtype)
+    assert q.dequantize(out=out) is out
+    assert_bits_equal(out, expected)
+    wide = torch.full((70, 140), -1.0, dtype=dtype)
+    q.dequantize(dtype, out=wide[:, 5:135])
+    assert_bits_equal(wide[:, 5:135].contiguous(), expected)
+    assert (wide[:, :5] == -1).all() and (wide[:, 135:] == -1).all()
+
+
+def test_dequantize_into_out_and_autograd():
+    q = QuantizedTensor.quantize(torch.randn(8, 64))
+    parameter = torch.nn.Parameter(torch.zeros(8, 64))
+    with pytest.raises(ValueError, match="requires grad"):
+        q.dequantize(out=parameter)
+    with torch.no_grad():
+        q.dequantize(out=parameter)
+    assert_bits_equal(parameter.detach(), q.dequantize())
+    saved = torch.ones(8, 64)
+    loss = (parameter * saved).sum()
+    q.dequantize(out=saved)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        assert_bits_equal(q.dequantize(out=torch.empty(8, 64)), q.dequantize())
+
+
+@pytest.mark.parametrize(
+    "out,dtype,error,message",
+    [
+        (torch.empty(4, 63), None, ValueError, r"out is \(4, 63\) .*; it must be \(4, 64\)"),
+        (torch.empty(4, 64), torch.float16, ValueError, "must be .* torch.float16 on cpu"),
+        (torch.empty(4, 64, dtype=torch.int32), None, TypeError, "can dequantize to float32.*not torch.int32"),
+        (torch.empty(64, 4).T, None, ValueError, "out must be contiguous, or 2-D with contiguous rows"),
+        (torch.empty(4, 64, device="meta"), None, ValueError, "out is .* on meta; it must be .* on cpu"),
+    ],
+)
+def test_bad_out_is_a_sentence(out, dtype, error, message):
+    q = QuantizedTensor.quantize(torch.randn(4, 64))
+    with pytest.raises(error, match=message):
+        q.dequantize(dtype, out)
+    if dtype is None and out.shape == q.shape:
+        with pytest.raises(error, match=message):  # the reference says the same
+            ops._dequantize_4bit_out(*q.op_args(), out)
+
+
+def test_out_on_meta_and_in_a_compiled_function():
+    meta = QuantizedTensor.quantize(torch.randn(4, 64, device="meta"))
+    assert meta.dequantize(out=torch.empty(4, 64, device="meta")).device.type == "meta"
+    q, out = QuantizedTensor.quantize(torch.randn(4, 64)), torch.zeros(4, 64)
+    torch.library.opcheck(torch.ops.qlora_ref.dequantize_4bit_out.default, (*q.op_args(), out))
+
+    def decode(out):
+        torch.ops.qlora_ref.dequantize_4bit_out(*q.op_args(), out)
+        return out + 1
+
+    compiled = torch.compile(decode, backend="aot_eager", fullgraph=True)
+    assert_bits_equal(compiled(out), q.dequantize() + 1)
+    assert_bits_equal(out, q.dequantize())

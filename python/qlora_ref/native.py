@@ -22,7 +22,7 @@ from .cpu_linear import CpuLinear
 from .cuda_linear import CudaLinear, Scratch, unusable
 from .reference.blockwise import check_block_size
 from .reference.codebook import Codebook
-from .reference.double_quant import Map8, check_double_quant, get_map8
+from .reference.double_quant import Map8, absmax_mean, check_double_quant, get_map8
 from .source_hash import source_hash
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of types.h
@@ -60,6 +60,24 @@ def _check_float(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous()
 
 
+def check_decoded_dtype(dtype: torch.dtype) -> None:
+    if dtype not in _DTYPE and dtype != torch.float64:
+        raise TypeError(f"can dequantize to float32, bfloat16, float16 or float64, not {dtype}")
+
+
+def row_stride(out: torch.Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> int:
+    """Elements from a row of `out`, which is to be written, to the next; a sentence if it cannot be."""
+    if out.shape != shape or out.dtype != dtype or out.device != device:
+        raise ValueError(
+            f"out is {tuple(out.shape)} {out.dtype} on {out.device}; it must be {tuple(shape)} {dtype} on {device}"
+        )
+    if out.is_contiguous():
+        return shape[-1] if shape else 1
+    if out.dim() == 2 and out.stride(1) == 1 and out.stride(0) >= shape[1]:
+        return out.stride(0)
+    raise ValueError("out must be contiguous, or 2-D with contiguous rows: pass out.contiguous() and copy back")
+
+
 class Backend:
     """The functions of src/cpp/kernels.h on tensors of one device type. Subclasses say how a kernel is called."""
 
@@ -69,7 +87,7 @@ class Backend:
         self._c = module
         self._moment_tables: dict[torch.device, torch.Tensor] = {}
 
-    def _call(self, function, device: torch.device, *args) -> None:
+    def _call(self, function, device: torch.device, *args) -> Any:
         raise NotImplementedError
 
     def _map_address(self, map8: Map8, device: torch.device) -> int:
@@ -98,6 +116,13 @@ class Backend:
             *(x.data_ptr(), _DTYPE[x.dtype], n, block_size, _table(codebook), packed.data_ptr(), absmax.data_ptr()),
         )
         return packed, absmax
+
+    def quantize_4bit_mean(
+        self, x: torch.Tensor, codebook: Codebook, block_size: int = 64
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """quantize_4bit, and reference.double_quant.absmax_mean of its absmax, (1,) f32."""
+        packed, absmax = self.quantize_4bit(x, codebook, block_size)
+        return packed, absmax, absmax_mean(absmax)
 
     def double_quantize(
         self, absmax: torch.Tensor, mean: torch.Tensor, map8: Map8, nested_block_size: int = 256
@@ -217,9 +242,9 @@ class Backend:
         shape = torch.Size(shape)
         if dtype == torch.float64:  # gradcheck computes in it; exact from float32
             weight = packed, absmax, nested_absmax, absmax_mean, codebook, block_size, map8, nested_block_size
-            return self.dequantize_4bit(*weight, shape, torch.float32).double()
-        if dtype not in _DTYPE:
-            raise TypeError(f"can dequantize to float32, bfloat16, float16 or float64, not {dtype}")
+            exact = self.dequantize_4bit(*weight, shape, torch.float32)
+            return exact.double() if out is None else out.copy_(exact)
+        check_decoded_dtype(dtype)
         cols = shape[-1] if len(shape) else 1
         rows = shape.numel() // cols if cols else 0
         weight, kept = self._weight(
@@ -227,21 +252,9 @@ class Backend:
         )
         if out is None:
             out = torch.empty(shape, dtype=dtype, device=packed.device)
-        row_stride = self._row_stride(out, shape, dtype, packed.device, cols)
-        self._call(self._c.dequantize_4bit, packed.device, *weight, out.data_ptr(), _DTYPE[dtype], row_stride)
+        stride = row_stride(out, shape, dtype, packed.device)
+        self._call(self._c.dequantize_4bit, packed.device, *weight, out.data_ptr(), _DTYPE[dtype], stride)
         return out
-
-    @staticmethod
-    def _row_stride(out, shape, dtype, device, cols) -> int:
-        if out.shape != shape or out.dtype != dtype or out.device != device:
-            raise ValueError(
-                f"out is {tuple(out.shape)} {out.dtype} on {out.device}; it must be {tuple(shape)} {dtype} on {device}"
-            )
-        if out.is_contiguous():
-            return cols
-        if out.dim() == 2 and out.stride(1) == 1 and out.stride(0) >= cols:
-            return out.stride(0)
-        raise ValueError("out must be contiguous, or 2-D with contiguous rows: pass out.contiguous() and copy back")
 
     # --- the linear layer --------------------------------------------------------------------------------------------
 
@@ -391,7 +404,27 @@ class CpuBackend(CpuLinear, Backend):
     device_type = "cpu"
 
     def _call(self, function, device, *args):
-        function(*args, torch.get_num_threads())
+        return function(*args, torch.get_num_threads())
+
+    def quantize_4bit_mean(self, x, codebook, block_size=64):
+        """The mean by the reference where its order of adding could matter."""
+        packed, absmax, mean, certain = self._quantize_4bit_mean(x, codebook, block_size)
+        return packed, absmax, mean if certain else absmax_mean(absmax)
+
+    def _quantize_4bit_mean(self, x, codebook, block_size):
+        check_block_size(block_size)
+        x = _check_float("x", x)
+        device, n = self._check_device(x.device), x.numel()
+        packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)
+        absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=device)
+        mean = torch.empty(1, dtype=torch.float32, device=device)
+        certain = self._call(
+            self._c.quantize_4bit_mean,
+            device,
+            *(x.data_ptr(), _DTYPE[x.dtype], n, block_size, _table(codebook)),
+            *(packed.data_ptr(), absmax.data_ptr(), mean.data_ptr()),
+        )
+        return packed, absmax, mean, certain
 
     # what cpu_linear.py needs of the module
     def _can_fuse(self, dtype, in_features, block_size) -> bool:

@@ -32,6 +32,8 @@ _WEIGHT_ARGS = 8
 _lib = torch.library.Library("qlora_ref", "DEF")
 _lib.define("quantize_4bit(Tensor x, str quant_type, int block_size) -> (Tensor, Tensor)")
 _lib.define(f"dequantize_4bit({_WEIGHT}, SymInt[] shape, ScalarType dtype) -> Tensor")
+_lib.define(f"dequantize_4bit_out({_WEIGHT}, Tensor(a!) out) -> ()")
+_lib.define("quantize_4bit_mean(Tensor x, str quant_type, int block_size) -> (Tensor, Tensor, Tensor)")
 _lib.define("double_quantize(Tensor absmax, Tensor mean, str map8, int nested_block_size) -> (Tensor, Tensor)")
 _lib.define(
     "quantize_4bit_nested(Tensor x, Tensor mean, str quant_type, int block_size, str map8, int nested_block_size) "
@@ -53,6 +55,7 @@ _lib.define(
 )
 OP_NAMES = (
     "quantize_4bit",
+    "quantize_4bit_mean",
     "dequantize_4bit",
     "double_quantize",
     "quantize_4bit_nested",
@@ -69,6 +72,11 @@ OP_NAMES = (
 
 def _quantize_4bit(x, quant_type, block_size):
     return blockwise.quantize_blockwise(x, get_codebook(quant_type, block_size), block_size, check_finite=False)
+
+
+def _quantize_4bit_mean(x, quant_type, block_size):
+    packed, absmax = _quantize_4bit(x, quant_type, block_size)
+    return packed, absmax, double_quant.absmax_mean(absmax)
 
 
 def _double_quantize(absmax, mean, map8, nested_block_size):
@@ -93,6 +101,20 @@ def _dequantize_4bit(
     return blockwise.dequantize_blockwise(
         packed, absmax, get_codebook(quant_type, block_size), block_size, shape, dtype
     )
+
+
+def _dequantize_4bit_out(*args):
+    *weight, out = args
+    native.check_decoded_dtype(out.dtype)  # refuse what the kernels refuse
+    native.row_stride(out, out.shape, out.dtype, weight[0].device)
+    _count_writing(out)
+    out.copy_(_dequantize_4bit(*weight, out.shape, out.dtype))
+
+
+def _count_writing(out):
+    """For autograd, which looks at the count before it uses a tensor that it has saved."""
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
 
 
 def _linear_4bit(x, *args):
@@ -142,6 +164,7 @@ def _without_autocast(function):
 _REFERENCE = {name: _without_autocast(globals()[f"_{name}"]) for name in OP_NAMES}
 for _name, _function in _REFERENCE.items():
     _lib.impl(_name, _function, "CompositeExplicitAutograd")
+_lib.impl("dequantize_4bit_out", _dequantize_4bit_out, "CompositeExplicitAutograd")
 
 
 # --- shapes and dtypes, for meta tensors, torch.compile and memory traces -----------------------------------------
@@ -161,6 +184,18 @@ def _(x, quant_type, block_size):
 @_fake("dequantize_4bit")
 def _(packed, absmax, nested_absmax, absmax_mean, quant_type, block_size, map8, nested_block_size, shape, dtype):
     return packed.new_empty(shape, dtype=dtype)
+
+
+@_fake("dequantize_4bit_out")
+def _(*args):
+    return None
+
+
+@_fake("quantize_4bit_mean")
+def _(x, quant_type, block_size):
+    n = x.numel()
+    packed, absmax = x.new_empty((n + 1) // 2, dtype=torch.uint8), x.new_empty(-(-n // block_size), dtype=torch.float32)
+    return packed, absmax, absmax.new_empty(1)
 
 
 @_fake("double_quantize")
@@ -263,6 +298,14 @@ def _register_native(backend, key: str) -> None:
     def dequantize_4bit(*args):
         return backend.dequantize_4bit(*tables(args[:_WEIGHT_ARGS]), *args[_WEIGHT_ARGS:])
 
+    def dequantize_4bit_out(*args):
+        *weight, out = args
+        _count_writing(out)
+        backend.dequantize_4bit(*tables(weight), out.shape, out.dtype, out=out)
+
+    def quantize_4bit_mean(x, quant_type, block_size):
+        return backend.quantize_4bit_mean(x, get_codebook(quant_type, block_size), block_size)
+
     def double_quantize(absmax, mean, map8, nested_block_size):
         return backend.double_quantize(absmax, mean, get_map8(map8), nested_block_size)
 
@@ -288,6 +331,8 @@ def _register_native(backend, key: str) -> None:
     kernels: tuple[Callable[..., Any], ...] = (
         quantize_4bit,
         dequantize_4bit,
+        dequantize_4bit_out,
+        quantize_4bit_mean,
         double_quantize,
         quantize_4bit_nested,
         double_dequantize,

@@ -9,7 +9,6 @@ import torch
 from . import ops  # noqa: F401  (registers torch.ops.qlora_ref)
 from .reference.blockwise import check_block_size, check_weight
 from .reference.codebook import get_codebook
-from .reference.double_quant import absmax_mean as compute_mean
 from .reference.double_quant import check_double_quant, get_map8
 
 
@@ -74,10 +73,10 @@ class QuantizedTensor:
         check_weight(x, check_finite and x.device.type != "meta")
         if absmax_mean is not None:
             return cls._quantize_with_mean(x, config, absmax_mean)
-        packed, absmax = torch.ops.qlora_ref.quantize_4bit(x, config.quant_type, config.block_size)
         if not config.double_quant:
+            packed, absmax = torch.ops.qlora_ref.quantize_4bit(x, config.quant_type, config.block_size)
             return cls(packed, absmax, None, None, config, x.shape, x.dtype)
-        mean = compute_mean(absmax)
+        packed, absmax, mean = torch.ops.qlora_ref.quantize_4bit_mean(x, config.quant_type, config.block_size)
         codes, nested = torch.ops.qlora_ref.double_quantize(absmax, mean, config.map8, config.nested_block_size)
         return cls(packed, codes, nested, mean, config, x.shape, x.dtype)
 
@@ -104,9 +103,21 @@ class QuantizedTensor:
             *(c.quant_type, c.block_size, c.map8, c.nested_block_size),
         )
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """round_dtype(level * absmax) in the original shape; `dtype` defaults to the one that was quantized."""
-        return torch.ops.qlora_ref.dequantize_4bit(*self.op_args(), self.shape, dtype or self.dtype)
+    def dequantize(self, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """round_dtype(level * absmax) in the original shape; `dtype` defaults to the one that was quantized.
+
+        `out`: the tensor to write and return, which decides the dtype; contiguous, or 2-D with contiguous rows. Nothing
+        else is allocated. ValueError or TypeError, in a sentence, for any that cannot be written.
+        """
+        if out is None:
+            return torch.ops.qlora_ref.dequantize_4bit(*self.op_args(), self.shape, dtype or self.dtype)
+        if out.shape != self.shape or out.dtype != (dtype or out.dtype) or out.device != self.packed.device:
+            wanted = f"{tuple(self.shape)} {dtype or out.dtype} on {self.packed.device}"
+            raise ValueError(f"out is {tuple(out.shape)} {out.dtype} on {out.device}; it must be {wanted}")
+        if out.requires_grad and torch.is_grad_enabled():
+            raise ValueError("out requires grad, which writing would break; call under torch.no_grad()")
+        torch.ops.qlora_ref.dequantize_4bit_out(*self.op_args(), out)
+        return out
 
     def absmax_f32(self) -> torch.Tensor:
         """The absmax used for decoding, (n_blocks,) f32."""

@@ -1,20 +1,46 @@
 // Double quantization: one nested group (or a run of blocks) a piece; the loops are the variant's.
+#include <mutex>
+
 #include "kernels.h"
 #include "parallel.h"
 #include "variant.h"
 
 namespace qlora {
 
+bool quantize_4bit_mean(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook,
+                        uint8_t* packed, float* absmax, float* mean) {
+  const Variant& isa = variant();
+  constexpr int64_t kStep = 128 * 1024;  // elements: their absmax are added while they are in the cache
+  const int64_t element_size = dtype == DType::f32 ? 4 : 2;
+  std::mutex adding;
+  double sum = 0;
+  parallel_for(n, 32 * 1024, [&](int64_t begin, int64_t end) {
+    double part = 0;
+    for (int64_t first = begin; first < end; first += kStep) {
+      const int64_t size = std::min(kStep, end - first), blocks = (size + block_size - 1) / block_size;
+      float* of_blocks = absmax + first / block_size;
+      isa.quantize[int(dtype)](static_cast<const char*>(x) + first * element_size, size, block_size, codebook,
+                               packed + first / 2, of_blocks);
+      part += isa.sum_of_positive(of_blocks, blocks);
+    }
+    const std::lock_guard<std::mutex> lock(adding);
+    sum += part;
+  });
+  // Two orders of adding m positive numbers differ by at most 2 (m - 1) 2^-53 of the sum; the rest covers the divisions.
+  const double m = double((n + block_size - 1) / block_size), error = (m + 8) * 0x1p-52;
+  *mean = float(sum * (1 - error) / m);
+  return *mean == float(sum * (1 + error) / m);
+}
+
 void double_quantize(const float* absmax, int64_t n, float mean, int64_t nested_block_size, const Map8& map,
                      uint8_t* codes, float* nested_absmax) {
   const Variant& isa = variant();
   int64_t groups = (n + nested_block_size - 1) / nested_block_size;
-  int64_t grain = std::max<int64_t>(1, 4096 / nested_block_size);
+  int64_t grain = std::max<int64_t>(1, 8192 / nested_block_size);
   parallel_for(groups, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t group = begin; group < end; ++group) {
-      int64_t first = group * nested_block_size, size = std::min(nested_block_size, n - first);
-      isa.double_quantize(absmax + first, size, mean, map, codes + first, nested_absmax + group);
-    }
+    const int64_t first = begin * nested_block_size, last = std::min(end * nested_block_size, n);
+    isa.double_quantize(absmax + first, last - first, nested_block_size, mean, map, codes + first,
+                        nested_absmax + begin);
   });
 }
 
@@ -22,24 +48,32 @@ void quantize_4bit_nested(const void* x, DType dtype, int64_t n, int64_t block_s
                           float mean, int64_t nested_block_size, const Map8& map, uint8_t* packed,
                           uint8_t* absmax_codes, float* nested_absmax) {
   const Variant& isa = variant();
+  constexpr int64_t kBlocks = 4096;  // at a time: the largest nested_block_size
   const int64_t group_size = block_size * nested_block_size, element_size = dtype == DType::f32 ? 4 : 2;
-  const int64_t groups = (n + group_size - 1) / group_size;
+  const int64_t groups = (n + group_size - 1) / group_size, step = kBlocks / nested_block_size;
   parallel_for(groups, std::max<int64_t>(1, 32 * 1024 / group_size), [&](int64_t begin, int64_t end) {
-    float absmax[4096];  // of one group, the largest nested_block_size
-    for (int64_t group = begin; group < end; ++group) {
-      const int64_t first = group * group_size, size = std::min(group_size, n - first);
-      const int64_t blocks = (size + block_size - 1) / block_size;
-      isa.quantize[int(dtype)](static_cast<const char*>(x) + first * element_size, size, block_size, codebook,
+    float absmax[kBlocks];
+    for (int64_t group = begin; group < end; group += step) {
+      const int64_t first = group * group_size, last = std::min(n, std::min(group + step, end) * group_size);
+      const int64_t blocks = (last - first + block_size - 1) / block_size;
+      isa.quantize[int(dtype)](static_cast<const char*>(x) + first * element_size, last - first, block_size, codebook,
                                packed + first / 2, absmax);
-      isa.double_quantize(absmax, blocks, mean, map, absmax_codes + group * nested_block_size, nested_absmax + group);
+      isa.double_quantize(absmax, blocks, nested_block_size, mean, map, absmax_codes + group * nested_block_size,
+                          nested_absmax + group);
     }
   });
 }
 
 void double_dequantize(const Absmax& absmax, int64_t n, float* out) {
   const Variant& isa = variant();
-  parallel_for(n, 16 * 1024,
-               [&](int64_t begin, int64_t end) { isa.double_dequantize(absmax, begin, end - begin, out + begin); });
+  const int64_t size = absmax.nested_block_size, groups = (n + size - 1) / size;
+  parallel_for(groups, std::max<int64_t>(1, 16 * 1024 / size), [&](int64_t begin, int64_t end) {
+    float values[256];
+    for (int64_t group = begin; group < end; ++group) {
+      isa.nested_values(absmax.map, absmax.nested_absmax[group], *absmax.mean, values);
+      for (int64_t i = group * size; i < std::min(n, (group + 1) * size); ++i) out[i] = values[absmax.codes[i]];
+    }
+  });
 }
 
 }  // namespace qlora

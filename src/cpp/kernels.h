@@ -19,6 +19,11 @@ void quantize_4bit(const void* x, DType dtype, int64_t n, int64_t block_size, co
 //   -> out (rows, cols) of `dtype`, row r starting at out + r * row_stride (elements; row_stride >= cols)
 void dequantize_4bit(const Weight4bit& weight, const Codebook& codebook, void* out, DType dtype, int64_t row_stride);
 
+// quantize_4bit, and reference/double_quant.py: absmax_mean of its absmax, if that is certain: false if the sum could round
+// to another float32 in another order of adding (then the reference must say), or if n is 0 or an absmax negative or NaN.
+bool quantize_4bit_mean(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook,
+                        uint8_t* packed, float* absmax, float* mean);
+
 // reference/double_quant.py: double_quantize; `mean` is given
 //   absmax (n) -> codes (n), nested_absmax (ceil(n / nested_block_size))
 void double_quantize(const float* absmax, int64_t n, float mean, int64_t nested_block_size, const Map8& map,

@@ -20,7 +20,8 @@ int64_t take(void* counter);
 }  // namespace detail
 
 // f(begin, end) for pieces of [0, n), each a multiple of `grain` long (the last one excepted), on up to num_threads()
-// threads; threads that come late (or share their core) take fewer pieces.
+// threads; threads that come late (or share their core) take fewer pieces. A thread is started for every grain, so let
+// that be about 8 us of work: a team costs 1 us while its threads still spin and 5 us once they sleep (measured, Zen 4).
 template <class F>
 void parallel_for(int64_t n, int64_t grain, const F& f) {
   int64_t grains = (n + grain - 1) / grain;

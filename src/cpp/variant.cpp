@@ -9,29 +9,40 @@
 namespace qlora {
 namespace {
 
-// Slowest first.
-const Variant* const kCompiled[] = {
-    &scalar_variant,
+// Slowest first, each extending those before it. (The null is for builds without any.)
+const InstructionSet* const kCompiled[] = {
 #ifdef QLORA_X86
-    &avx2_variant,
-    &avx512_variant,
-    &avx512_bf16_variant,
+    &avx2,   &avx512, &avx512_vbmi, &avx512_bf16,
 #endif
+#ifdef QLORA_NEON
+    &neon,
+#endif
+    nullptr,
 };
 
-const Variant* find(const std::string& name) {
-  for (const Variant* candidate : kCompiled) {
-    if (candidate->name == name && candidate->supported()) return candidate;
+std::vector<Variant> make_variants() {
+  std::vector<Variant> variants{scalar_variant};
+  for (const InstructionSet* set : kCompiled) {
+    if (!set || !set->supported()) continue;
+    Variant variant = variants.back();
+    variant.name = set->name;
+    set->extend(variant);
+    variants.push_back(variant);
   }
-  return nullptr;
+  return variants;
 }
 
-const Variant* best() {
-  const Variant* chosen = &scalar_variant;
-  for (const Variant* candidate : kCompiled) {
-    if (candidate->supported()) chosen = candidate;
+// Those that this CPU can run.
+const std::vector<Variant>& variants() {
+  static const std::vector<Variant> made = make_variants();
+  return made;
+}
+
+const Variant* find(const std::string& name) {
+  for (const Variant& candidate : variants()) {
+    if (candidate.name == name) return &candidate;
   }
-  return chosen;
+  return nullptr;
 }
 
 std::atomic<const Variant*> in_use{nullptr};
@@ -40,9 +51,7 @@ std::atomic<const Variant*> in_use{nullptr};
 
 std::vector<std::string> cpu_variants() {
   std::vector<std::string> names;
-  for (const Variant* candidate : kCompiled) {
-    if (candidate->supported()) names.emplace_back(candidate->name);
-  }
+  for (const Variant& candidate : variants()) names.emplace_back(candidate.name);
   return names;
 }
 
@@ -59,7 +68,7 @@ void set_cpu_variant(const std::string& name) {
 
 const Variant& variant() {
   const Variant* chosen = in_use;
-  if (!chosen) in_use = chosen = best();
+  if (!chosen) in_use = chosen = &variants().back();
   return *chosen;
 }
 

@@ -1,11 +1,14 @@
 // What is compiled once per instruction set: the inner loops, over memory that one thread owns.
 //
-// The portable files (blockwise.cpp, double_quant.cpp, linear.cpp) cut the work into such pieces; a variant fills this
-// table. Every variant gives the same bits. A variant file may include only headers whose functions are always inlined
-// (math.h, element.h, adamw_math.h): anything else it emits could be the copy that the linker keeps for older CPUs.
+// The portable files (blockwise.cpp, double_quant.cpp, linear.cpp, adamw.cpp) cut the work into such pieces; a variant
+// fills this table. Every variant gives the same bits. A variant file may include only headers whose functions are always
+// inlined (math.h, element.h, adamw_math.h): anything else it emits could be the copy that the linker keeps for older
+// CPUs. Nor may it run anything when the module is loaded.
 #pragma once
 #include "adamw_math.h"
 #include "types.h"
+
+#define QLORA_INLINE inline __attribute__((always_inline))  // variant files are for GCC and Clang
 
 namespace qlora {
 
@@ -13,7 +16,8 @@ namespace qlora {
 struct LinearRows {
   const Weight4bit* weight;
   const Codebook* codebook;
-  const void* x;  // as linear_prepare left it
+  const void* x;     // as linear_prepare left it,
+  int64_t x_stride;  // bytes a token
   int64_t m;
   const void* bias;
   void* y;
@@ -21,12 +25,23 @@ struct LinearRows {
 };
 constexpr int kLinearRows = 4;  // taken at a time
 
-// Of one thread: absmax' of every code, for the nested groups that kLinearRows rows touch.
+// Of one thread.
 struct LinearScratch {
-  float* values;                // 256 a group
-  int64_t first_group, groups;  // which are in there
-  void* sums;                   // kLinearRows registers of 64 bytes a token
+  float* values;       // absmax' of every code of some nested groups: 256 a group, group g in slot g & mask
+  int64_t mask;        // one more is a power of two, at least as many groups as kLinearRows rows touch, and one more
+  int64_t next_group;  // those below are in there
+  void* sums;          // kLinearRows registers of 64 bytes a token
 };
+
+// absmax of the blocks of a run: values[b], or under double quantization values[codes[b]], where `values` holds what the
+// 256 codes mean in the run's nested group.
+struct BlockAbsmax {
+  const float* values;
+  const uint8_t* codes;  // null: flat
+};
+QLORA_HD const float* absmax_of(const BlockAbsmax& absmax, int64_t block) {
+  return absmax.values + (absmax.codes ? absmax.codes[block] : block);
+}
 
 // By DType: f32, bf16.
 struct AdamWLoops {
@@ -40,30 +55,40 @@ constexpr int kAdamWRun = 16;
 
 struct Variant {
   const char* name;
-  bool (*supported)();  // by the CPU this runs on
 
   // By DType. A run starts at a block boundary; its last block may be short, its last byte half used.
   void (*quantize[3])(const void* x, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
                       float* absmax);
-  void (*dequantize[3])(const uint8_t* packed, const float* absmax, int64_t n, int64_t block_size,
+  void (*dequantize[3])(const uint8_t* packed, const BlockAbsmax& absmax, int64_t n, int64_t block_size,
                         const Codebook& codebook, void* out);
 
-  // One nested group: n <= nested_block_size values and their one nested_absmax.
-  void (*double_quantize)(const float* absmax, int64_t n, float mean, const Map8& map, uint8_t* codes,
-                          float* nested_absmax);
-  // out[i] = absmax of block first + i, reconstructed
-  void (*double_dequantize)(const Absmax& absmax, int64_t first, int64_t n, float* out);
+  // A run of nested groups, the last of which may be short: n values, a nested_absmax a group.
+  void (*double_quantize)(const float* absmax, int64_t n, int64_t nested_block_size, float mean, const Map8& map,
+                          uint8_t* codes, float* nested_absmax);
+  // values[code] = absmax' of each of the 256 codes in a nested group
+  void (*nested_values)(const float* map, float nested_absmax, float mean, float* values);
+  // The float64 sum of float32 values, in any order; NaN if one has its sign bit set
+  double (*sum_of_positive)(const float* x, int64_t n);
 
   // By DType, null where there is none: rows begin .. end of y = x W'^T + bias. Whole blocks a row, block_size >= 64.
   void (*linear_rows[3])(const LinearRows& call, LinearScratch& scratch, int64_t begin, int64_t end);
-  // x (m, cols) -> the order and type that linear_rows wants, linear_x_bytes an element
-  void (*linear_prepare[3])(const void* x, int64_t m, int64_t cols, void* out);
+  // x (m, cols) -> the order and type that linear_rows wants, linear_x_bytes an element, `stride` bytes a token
+  void (*linear_prepare[3])(const void* x, int64_t m, int64_t cols, int64_t stride, void* out);
   int linear_x_bytes[3];
 
   AdamWLoops adamw;
 };
 
-extern const Variant scalar_variant, avx2_variant, avx512_variant, avx512_bf16_variant;
+extern const Variant scalar_variant;
+
+// What an instruction set does better: `extend` replaces entries of the variant before it. It is called only where
+// `supported` says so, as its code may use the instructions itself.
+struct InstructionSet {
+  const char* name;
+  bool (*supported)();  // by the CPU this runs on
+  void (*extend)(Variant& variant);
+};
+extern const InstructionSet avx2, avx512, avx512_vbmi, avx512_bf16, neon;
 
 const Variant& variant();  // the one in use
 

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "element.h"
 #include "variant.h"
@@ -10,17 +11,13 @@ namespace qlora {
 namespace {
 
 constexpr uint32_t kInfinityBits = 0x7f800000u;
-const float kNaN = bits_to_float(0x7fc00000u);
+constexpr float kNaN = __builtin_nanf("");
 
-inline __attribute__((always_inline)) __m256i load_bytes(const void* p) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
-}
-inline __attribute__((always_inline)) __m128i load_bytes16(const void* p) {
-  return _mm_loadu_si128(static_cast<const __m128i*>(p));
-}
+QLORA_INLINE __m256i load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+QLORA_INLINE __m128i load_bytes16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
 template <DType dtype>
-inline __attribute__((always_inline)) __m256 load8(const typename Element<dtype>::type* x) {
+QLORA_INLINE __m256 load8(const typename Element<dtype>::type* x) {
   if constexpr (dtype == DType::f32) return _mm256_loadu_ps(x);
   if constexpr (dtype == DType::f16) return _mm256_cvtph_ps(load_bytes16(x));
   if constexpr (dtype == DType::bf16) {
@@ -30,7 +27,7 @@ inline __attribute__((always_inline)) __m256 load8(const typename Element<dtype>
 
 // --- quantize ----------------------------------------------------------------------------------------------------------
 
-inline __attribute__((always_inline)) uint32_t largest_of(__m256i largest) {
+QLORA_INLINE uint32_t largest_of(__m256i largest) {
   __m128i half = _mm_max_epu32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
   half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4e));
   half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0xb1));
@@ -99,7 +96,7 @@ void quantize(const void* x_, int64_t n, int64_t block_size, const Codebook& cod
 // --- dequantize --------------------------------------------------------------------------------------------------------
 
 // Round to nearest even by integer arithmetic; the bfloat16 is the upper half of each dword, the lower half is noise.
-inline __attribute__((always_inline)) __m256i round_bf16(__m256 x) {
+QLORA_INLINE __m256i round_bf16(__m256 x) {
   __m256i bits = _mm256_castps_si256(x);
   __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
@@ -112,14 +109,20 @@ struct Levels {
   Levels() = default;
   explicit Levels(const Codebook& codebook)
       : low(_mm256_loadu_ps(codebook.levels)), high(_mm256_loadu_ps(codebook.levels + 8)) {}
-  inline __attribute__((always_inline)) Levels(__m256 low, __m256 high) : low(low), high(high) {}
+  QLORA_INLINE Levels(__m256 low, __m256 high) : low(low), high(high) {}
 
-  inline __attribute__((always_inline)) Levels scaled(float absmax) const {
+  QLORA_INLINE Levels scaled(float absmax) const {
     __m256 scale = _mm256_set1_ps(absmax);
     return {_mm256_mul_ps(low, scale), _mm256_mul_ps(high, scale)};
   }
+  // Every NaN the one that rounds to bfloat16's 0x7fc0.
+  Levels with_one_nan() const {
+    const __m256 nan = _mm256_set1_ps(kNaN);
+    return {_mm256_blendv_ps(low, nan, _mm256_cmp_ps(low, low, _CMP_UNORD_Q)),
+            _mm256_blendv_ps(high, nan, _mm256_cmp_ps(high, high, _CMP_UNORD_Q))};
+  }
   // Each dword of `index` chooses by its lowest 4 bits.
-  inline __attribute__((always_inline)) __m256 operator[](__m256i index) const {
+  QLORA_INLINE __m256 operator[](__m256i index) const {
     __m256 chosen = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 becomes the sign
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), chosen);
   }
@@ -127,15 +130,14 @@ struct Levels {
 
 // The 16 values as 16-bit words, lower bytes in one register and upper bytes in the other, in both lanes.
 template <DType dtype>
-inline __attribute__((always_inline)) void byte_tables(const Levels& levels, float absmax, __m256i& lower,
-                                                       __m256i& upper) {
+QLORA_INLINE void byte_tables(const Levels& levels, float absmax, __m256i& lower, __m256i& upper) {
   Levels scaled = levels.scaled(absmax);
   __m128i words[2];
   if constexpr (dtype == DType::f16) {
     words[0] = _mm256_cvtps_ph(scaled.low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     words[1] = _mm256_cvtps_ph(scaled.high, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   } else {
-    if (!is_finite(absmax)) scaled = {_mm256_set1_ps(kNaN), _mm256_set1_ps(kNaN)};
+    if (!is_finite(absmax)) scaled = scaled.with_one_nan();
     __m256i low = _mm256_srli_epi32(round_bf16(scaled.low), 16), high = _mm256_srli_epi32(round_bf16(scaled.high), 16);
     words[0] = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
     words[1] = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
@@ -147,8 +149,8 @@ inline __attribute__((always_inline)) void byte_tables(const Levels& levels, flo
 
 // `whole` elements of one block, a multiple of 32.
 template <DType dtype>
-inline __attribute__((always_inline)) void dequantize_block(const uint8_t* packed, float absmax, int64_t whole,
-                                                            const Levels& levels, typename Element<dtype>::type* out) {
+QLORA_INLINE void dequantize_block(const uint8_t* packed, float absmax, int64_t whole, const Levels& levels,
+                                   typename Element<dtype>::type* out) {
   if constexpr (dtype == DType::f32) {
     const __m256i nibble = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
     Levels table = levels.scaled(absmax);
@@ -175,15 +177,16 @@ inline __attribute__((always_inline)) void dequantize_block(const uint8_t* packe
 }
 
 template <DType dtype>
-void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t block_size, const Codebook& codebook,
-                void* out_) {
+void dequantize(const uint8_t* packed, const BlockAbsmax& absmax, int64_t n, int64_t block_size,
+                const Codebook& codebook, void* out_) {
   auto* out = static_cast<typename Element<dtype>::type*>(out_);
   const Levels levels(codebook);
-  for (; n > 0; n -= block_size, out += block_size, packed += block_size / 2, ++absmax) {
+  for (int64_t block = 0; n > 0; n -= block_size, out += block_size, packed += block_size / 2, ++block) {
     int64_t size = n < block_size ? n : block_size, whole = size & ~int64_t(31);
-    dequantize_block<dtype>(packed, *absmax, whole, levels, out);
+    const float* scale = absmax_of(absmax, block);
+    dequantize_block<dtype>(packed, *scale, whole, levels, out);
     if (whole < size) {
-      scalar_variant.dequantize[int(dtype)](packed + whole / 2, absmax, size - whole, block_size, codebook,
+      scalar_variant.dequantize[int(dtype)](packed + whole / 2, {scale, nullptr}, size - whole, block_size, codebook,
                                             out + whole);
     }
   }
@@ -205,18 +208,18 @@ struct F32Lanes {
   using Table = Levels;
   using Weights = __m256;
   using Sum = __m256;
-  static constexpr int kRows = 2, kTokens = 4, kVectors = 8, kVectorBytes = 32, kGroupBytes = 256;
+  static constexpr int kSpan = 1, kRows = 2, kTokens = 4, kFew = 4, kVectors = 8, kVectorBytes = 32, kStepBytes = 256;
 
   Levels levels;
 
-  inline __attribute__((always_inline)) explicit F32Lanes(const Codebook& codebook) : levels(codebook) {}
-  inline __attribute__((always_inline)) Table table(float absmax) const {
+  QLORA_INLINE explicit F32Lanes(const Codebook& codebook) : levels(codebook) {}
+  QLORA_INLINE Table table(float absmax) const {
     Levels scaled = levels.scaled(absmax);
     if constexpr (dtype == DType::f16) {
       constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
       return {_mm256_cvtph_ps(_mm256_cvtps_ph(scaled.low, mode)), _mm256_cvtph_ps(_mm256_cvtps_ph(scaled.high, mode))};
     } else if constexpr (dtype == DType::bf16) {
-      if (!is_finite(absmax)) return {_mm256_set1_ps(kNaN), _mm256_set1_ps(kNaN)};
+      if (!is_finite(absmax)) scaled = scaled.with_one_nan();
       const __m256i upper = _mm256_set1_epi32(int(0xffff0000u));
       return {_mm256_castsi256_ps(_mm256_and_si256(round_bf16(scaled.low), upper)),
               _mm256_castsi256_ps(_mm256_and_si256(round_bf16(scaled.high), upper))};
@@ -224,30 +227,25 @@ struct F32Lanes {
       return scaled;
     }
   }
-  static inline __attribute__((always_inline)) Bytes load(const uint8_t* packed) { return load_bytes(packed); }
-  inline __attribute__((always_inline)) Weights weights(Bytes bytes, const Table& table, int v) const {
+  static QLORA_INLINE Bytes load(const uint8_t* packed) { return load_bytes(packed); }
+  QLORA_INLINE Weights weights(Bytes bytes, const Table& table, int v) const {
     return table[_mm256_srli_epi32(bytes, 4 * v)];
   }
-  static inline __attribute__((always_inline)) __m256 load_x(const char* x) {
-    return _mm256_loadu_ps(reinterpret_cast<const float*>(x));
-  }
-  static inline __attribute__((always_inline)) void store(char* out, Weights w) {
-    _mm256_store_ps(reinterpret_cast<float*>(out), w);
-  }
-  static inline __attribute__((always_inline)) Sum zero() { return _mm256_setzero_ps(); }
-  static inline __attribute__((always_inline)) Sum add(Sum sum, Weights w, __m256 x) {
-    return _mm256_fmadd_ps(w, x, sum);
-  }
-  static inline __attribute__((always_inline)) float reduce(Sum sum) {
+  static QLORA_INLINE __m256 load_x(const char* x) { return _mm256_loadu_ps(reinterpret_cast<const float*>(x)); }
+  static QLORA_INLINE void store(char* out, Weights w) { _mm256_store_ps(reinterpret_cast<float*>(out), w); }
+  static QLORA_INLINE Sum zero() { return _mm256_setzero_ps(); }
+  static QLORA_INLINE Sum add(Sum sum, Weights w, __m256 x) { return _mm256_fmadd_ps(w, x, sum); }
+  static QLORA_INLINE float reduce(Sum sum) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
   }
-  static inline __attribute__((always_inline)) float convert(typename Element<dtype>::type x) {
-    return Element<dtype>::load(x);
+  static QLORA_INLINE float convert(typename Element<dtype>::type x) { return Element<dtype>::load(x); }
+  static QLORA_INLINE void reorder(const typename Element<dtype>::type* x, float* out) {
+    reorder_by_source<F32Lanes>(x, out);
   }
   // Which element of 64 belongs to lane j: dword j % 8, nibble v = j / 8, where the low nibble is the second element.
-  static inline __attribute__((always_inline)) int source(int j) { return 8 * (j % 8) + (j / 8 ^ 1); }
+  static QLORA_INLINE int source(int j) { return 8 * (j % 8) + (j / 8 ^ 1); }
 };
 
 template <DType dtype>
@@ -255,12 +253,11 @@ constexpr auto f32_rows = linear_rows<F32Lanes<dtype>, dtype>;
 template <DType dtype>
 constexpr auto f32_prepare = linear_prepare<F32Lanes<dtype>, dtype>;
 
-Variant make_variant() {
-  Variant variant = scalar_variant;
-  variant.name = "avx2";
-  variant.supported = [] {
-    return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"));
-  };
+bool supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+void extend(Variant& variant) {
   variant.quantize[0] = quantize<DType::f32>;
   variant.quantize[1] = quantize<DType::bf16>;
   variant.quantize[2] = quantize<DType::f16>;
@@ -275,11 +272,10 @@ Variant make_variant() {
   variant.linear_prepare[2] = f32_prepare<DType::f16>;
   for (int& bytes : variant.linear_x_bytes) bytes = 4;
   variant.adamw = adamw_loops<AdamWLanes>;
-  return variant;
 }
 
 }  // namespace
 
-const Variant avx2_variant = make_variant();
+const InstructionSet avx2 = {"avx2", supported, extend};
 
 }  // namespace qlora

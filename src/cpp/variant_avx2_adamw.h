@@ -7,16 +7,16 @@ struct AdamWLanes {
   using Code = __m256i;
   static constexpr int kCount = 8, kTogether = 4;
 
-  QLORA_HD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-  QLORA_HD F fma(float a, F b, F c) { return fma(_mm256_set1_ps(a), b, c); }
-  QLORA_HD F sqrt(F x) { return _mm256_sqrt_ps(x); }
+  static QLORA_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static QLORA_INLINE F fma(float a, F b, F c) { return fma(_mm256_set1_ps(a), b, c); }
+  static QLORA_INLINE F sqrt(F x) { return _mm256_sqrt_ps(x); }
 
   template <DType dtype>
-  QLORA_HD F load(const typename Element<dtype>::type* x) {
+  static QLORA_INLINE F load(const typename Element<dtype>::type* x) {
     return load8<dtype>(x);
   }
   template <DType dtype>
-  QLORA_HD void store(typename Element<dtype>::type* out, F x) {
+  static QLORA_INLINE void store(typename Element<dtype>::type* out, F x) {
     if constexpr (dtype == DType::f32) {
       _mm256_storeu_ps(out, x);
     } else {  // as float_to_bf16
@@ -28,13 +28,13 @@ struct AdamWLanes {
     }
   }
 
-  QLORA_HD Key larger(Key key, F x) {
+  static QLORA_INLINE Key larger(Key key, F x) {
     return _mm256_max_epu32(key, _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff)));
   }
-  QLORA_HD uint32_t largest(Key key) { return largest_of(key); }
+  static QLORA_INLINE uint32_t largest(Key key) { return largest_of(key); }
 
   template <int lowest>
-  QLORA_HD void store_codes(uint8_t* codes, Code code, F x) {
+  static QLORA_INLINE void store_codes(uint8_t* codes, Code code, F x) {
     if constexpr (lowest > 0) {
       __m256i positive = _mm256_castps_si256(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ));
       code = _mm256_max_epi32(code, _mm256_and_si256(positive, _mm256_set1_epi32(lowest)));
@@ -45,8 +45,8 @@ struct AdamWLanes {
 
   struct Levels {
     const float* levels;
-    inline __attribute__((always_inline)) explicit Levels(const float* levels) : levels(levels) {}
-    inline __attribute__((always_inline)) F operator()(const uint8_t* codes) const {
+    QLORA_INLINE explicit Levels(const float* levels) : levels(levels) {}
+    QLORA_INLINE F operator()(const uint8_t* codes) const {
       __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
       return _mm256_i32gather_ps(levels, code, 4);
     }
@@ -58,7 +58,7 @@ struct AdamWLanes {
     F few[4], level4[2], level5[4];
 
     // Thresholds 8 * part + lane of a level; the shorter ones repeat.
-    QLORA_HD F load(const float* thresholds, int level, int part) {
+    static QLORA_INLINE F load(const float* thresholds, int level, int part) {
       const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
       const int step = 128 >> level, inside = (1 << level) - 1;
       __m256i index = _mm256_and_si256(lane, _mm256_set1_epi32(inside));
@@ -66,7 +66,7 @@ struct AdamWLanes {
       return _mm256_i32gather_ps(thresholds + 16 * step * part + step - 1, index, 4);
     }
 
-    inline __attribute__((always_inline)) explicit Search(const float* thresholds) : thresholds(thresholds) {
+    QLORA_INLINE explicit Search(const float* thresholds) : thresholds(thresholds) {
 #pragma GCC unroll 4
       for (int part = 0; part < 4; ++part) {
         few[part] = load(thresholds, part, 0);
@@ -76,7 +76,7 @@ struct AdamWLanes {
     }
 
     template <int N>
-    inline __attribute__((always_inline)) void operator()(const F (&s)[N], Code (&count)[N]) const {
+    QLORA_INLINE void operator()(const F (&s)[N], Code (&count)[N]) const {
       F above[3][N];  // of the last level, and of the first two
       const auto compare = [&](int keep, const auto& threshold) {
 #pragma GCC unroll 4

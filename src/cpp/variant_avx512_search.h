@@ -11,7 +11,7 @@ struct Search256 {
   __m512 level5[2], level6[4], level7[8];
 
   // Thresholds 16 * part + lane of a level. Comparison k adds 2^(7 - k) to the count.
-  QLORA_HD __m512 load(const float* thresholds, int level, int part) {
+  static QLORA_INLINE __m512 load(const float* thresholds, int level, int part) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const int step = 128 >> level, inside = (1 << level) - 1;
     const __m512i index =
@@ -19,7 +19,7 @@ struct Search256 {
     return _mm512_i32gather_ps(index, thresholds + 32 * step * part + step - 1, 4);
   }
 
-  inline __attribute__((always_inline)) explicit Search256(const float* thresholds) {
+  QLORA_INLINE explicit Search256(const float* thresholds) {
 #pragma GCC unroll 8
     for (int part = 0; part < 8; ++part) {
       if (part < 5) few[part] = load(thresholds, part, 0);
@@ -31,10 +31,10 @@ struct Search256 {
 
   // Several registers at a time: one alone would wait for its own comparisons. NaN is above no threshold: 0.
   template <int N>
-  inline __attribute__((always_inline)) void operator()(const __m512 (&s)[N], __m512i (&count)[N]) const {
+  QLORA_INLINE void operator()(const __m512 (&s)[N], __m512i (&count)[N]) const {
     __mmask16 above[3][N];  // of the last level, and of the first two
     const auto compare = [&](int keep, const auto& threshold) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < N; ++i) {
         above[keep][i] = _mm512_cmp_ps_mask(threshold(i), s[i], _CMP_LT_OQ);
         count[i] = _mm512_add_epi32(count[i], count[i]);
@@ -48,13 +48,14 @@ struct Search256 {
     const auto of128 = [&](int i, const __m512* level) {
       return _mm512_mask_blend_ps(above[1][i], of64(i, level, above[2][i]), of64(i, level + 4, above[2][i]));
     };
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < N; ++i) count[i] = _mm512_setzero_si512();
     compare(1, [&](int) { return few[0]; });
     compare(2, [&](int i) { return _mm512_permutexvar_ps(count[i], few[1]); });
-    compare(0, [&](int i) { return _mm512_permutexvar_ps(count[i], few[2]); });
-    compare(0, [&](int i) { return _mm512_permutexvar_ps(count[i], few[3]); });
-    compare(0, [&](int i) { return _mm512_permutexvar_ps(count[i], few[4]); });
+#pragma GCC unroll 3
+    for (int level = 2; level < 5; ++level) {
+      compare(0, [&](int i) { return _mm512_permutexvar_ps(count[i], few[level]); });
+    }
     compare(0, [&](int i) { return of32(i, level5); });
     compare(0, [&](int i) { return of64(i, level6, above[1][i]); });
     compare(0, [&](int i) { return of128(i, level7); });

@@ -54,15 +54,15 @@ void quantize(const void* x_, int64_t n, int64_t block_size, const Codebook& cod
 }
 
 template <DType dtype>
-void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t block_size, const Codebook& codebook,
-                void* out_) {
+void dequantize(const uint8_t* packed, const BlockAbsmax& absmax, int64_t n, int64_t block_size,
+                const Codebook& codebook, void* out_) {
   using E = Element<dtype>;
   auto* out = static_cast<typename E::type*>(out_);
-  for (int64_t start = 0; start < n; start += block_size) {
+  for (int64_t start = 0, block = 0; start < n; start += block_size, ++block) {
     int64_t size = n - start < block_size ? n - start : block_size;
+    const float scale = *absmax_of(absmax, block);
     typename E::type table[16];  // a block has only 16 different values
-    for (int code = 0; code < 16; ++code) table[code] = E::store(codebook.levels[code] * *absmax);
-    ++absmax;
+    for (int code = 0; code < 16; ++code) table[code] = E::store(codebook.levels[code] * scale);
     for (int64_t i = 0; i < size / 2; ++i) {
       *out++ = table[packed[i] >> 4];
       *out++ = table[packed[i] & 15];
@@ -72,8 +72,8 @@ void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t b
   }
 }
 
-void double_quantize(const float* absmax, int64_t n, float mean, const Map8& map, uint8_t* codes,
-                     float* nested_absmax) {
+void double_quantize_group(const float* absmax, int64_t n, float mean, const Map8& map, uint8_t* codes,
+                           float* nested_absmax) {
   float d[kLargestBlock];
   for (int64_t i = 0; i < n; ++i) d[i] = absmax[i] - mean;
   float scale = block_absmax(d, n, false);
@@ -88,14 +88,30 @@ void double_quantize(const float* absmax, int64_t n, float mean, const Map8& map
   }
 }
 
-void double_dequantize(const Absmax& absmax, int64_t first, int64_t n, float* out) {
-  float mean = *absmax.mean;
-  for (int64_t i = 0; i < n; ++i) {
-    int64_t block = first + i;
-    out[i] =
-        double_decode(absmax.map[absmax.codes[block]], absmax.nested_absmax[block / absmax.nested_block_size], mean);
+void double_quantize(const float* absmax, int64_t n, int64_t nested_block_size, float mean, const Map8& map,
+                     uint8_t* codes, float* nested_absmax) {
+  for (int64_t first = 0; first < n; first += nested_block_size) {
+    int64_t size = n - first < nested_block_size ? n - first : nested_block_size;
+    double_quantize_group(absmax + first, size, mean, map, codes + first, nested_absmax++);
   }
 }
+
+void nested_values(const float* map, float nested_absmax, float mean, float* values) {
+  for (int code = 0; code < 256; ++code) values[code] = double_decode(map[code], nested_absmax, mean);
+}
+
+double sum_of_positive(const float* x, int64_t n) {
+  double lanes[8] = {}, sum = 0;  // independent, so that additions overlap
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    lanes[i % 8] += x[i];
+    bits |= float_to_bits(x[i]);
+  }
+  for (double lane : lanes) sum += lane;
+  return bits >> 31 ? double(kNaN) : sum;
+}
+
+// --- AdamW ---------------------------------------------------------------------------------------------------------------
 
 #include "adamw_tile.h"
 
@@ -134,11 +150,11 @@ struct AdamWLanes : OneFloat {
 
 const Variant scalar_variant = {
     "scalar",
-    [] { return true; },
     {quantize<DType::f32>, quantize<DType::bf16>, quantize<DType::f16>},
     {dequantize<DType::f32>, dequantize<DType::bf16>, dequantize<DType::f16>},
     double_quantize,
-    double_dequantize,
+    nested_values,
+    sum_of_positive,
     {},
     {},
     {},

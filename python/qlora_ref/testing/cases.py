@@ -184,6 +184,7 @@ def _lora_backward_args(generator, m, n, k, rank=8, dtype="f32", **how):
 
 _ARGUMENTS: dict[str, Callable[..., tuple]] = {
     "quantize_4bit": _quantize_args,
+    "quantize_4bit_mean": _quantize_args,
     "dequantize_4bit": _dequantize_args,
     "double_quantize": _double_quantize_args,
     "quantize_4bit_nested": _quantize_nested_args,
@@ -252,8 +253,16 @@ def _linear_rows(bias: bool = False):
     return rows
 
 
+def _quantize_mean_cases():
+    rows = [dict(n=n, dtype=d) for n in (*SIZES, 100_003) for d in DTYPES]
+    rows += [dict(n=9001, data=data, block=32) for data in DATA if data != "normal"]
+    rows += [dict(n=9001, block=2**b) for b in range(5, 13)]
+    return _grid("quantize_4bit_mean", EXACT, *rows)
+
+
 ALL = [
     *_quantize_cases(),
+    *_quantize_mean_cases(),
     *_dequantize_cases(),
     *_grid("double_quantize", EXACT, *_double_rows()),
     *_quantize_nested_cases(),
