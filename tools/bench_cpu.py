@@ -3,8 +3,9 @@
     python tools/bench.py --device cpu                       both shapes, one thread and all (about 10 minutes)
     python tools/bench.py --device cpu --quick               4096 x 4096 and fewer tokens (about 2 minutes)
     python tools/bench.py --device cpu --output docs/results writes bench_cpu.json and bench_cpu.md there
-    python tools/bench.py --device cpu --steps               also a whole training step of a 100M-parameter Llama, with
-                                                             peak memory, each arm in its own process
+    python tools/bench.py --device cpu --steps               also whole training steps, of a 110M-parameter Llama
+                                                             and of the demo, with peak memory, a process an arm
+    python tools/bench.py --device cpu --only-steps          nothing else (about 6 minutes)
 
 How it measures. Alternatives take turns in one loop and the median counts (testing/timing.py). Weights rotate through
 copies that together exceed twice the last-level cache, except where a row says "cached". A floor is what the machine
@@ -19,10 +20,8 @@ import json
 import logging
 import os
 import platform
-import resource
 import subprocess
 import sys
-import time
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,7 +32,7 @@ import torch
 from torch import nn
 
 from qlora_ref import native
-from qlora_ref.nn import Linear4bit, LoRALinear, attach_lora, quantize_model
+from qlora_ref.nn import Linear4bit, LoRALinear
 from qlora_ref.quantized import QuantConfig, QuantizedTensor
 from qlora_ref.reference.codebook import get_codebook
 from qlora_ref.reference.double_quant import get_map8
@@ -44,7 +43,7 @@ SHAPES = ((4096, 4096), (4096, 14336))  # (out, in)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 RANK = 16
 FLAT, NESTED = QuantConfig(double_quant=False), QuantConfig()
-STEP_ARMS = ("qlora_ref", "bitsandbytes", "bf16")
+STEP_ARMS = ("qlora_ref", "bitsandbytes", "bf16", "rest")
 
 
 @dataclass
@@ -158,10 +157,9 @@ def native_kernel(q: QuantizedTensor, out: torch.Tensor, threads: int):
     return lambda: native.module.cpu.dequantize_4bit(*arguments, out.data_ptr(), 1, out.shape[1], threads)
 
 
-def bnb_linear(bnb, weight, nested: bool):
-    layer = bnb.nn.Linear4bit(
-        weight.shape[1], weight.shape[0], bias=False, compute_dtype=BF16, quant_type="nf4", compress_statistics=nested
-    )
+def bnb_linear(bnb, weight, nested: bool, compute_dtype: torch.dtype = BF16):
+    how = dict(bias=False, compute_dtype=compute_dtype, quant_type="nf4", compress_statistics=nested)
+    layer = bnb.nn.Linear4bit(weight.shape[1], weight.shape[0], **how)
     layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=nested)
     return layer.to("cpu")
 
@@ -237,69 +235,35 @@ def bench_lora(rows: list[Row], machine: Machine, shape, bnb, threads: int, m: i
                     ">= 1.5x bitsandbytes + PEFT"))  # fmt: skip
 
 
-# --- a whole training step, one process an arm ------------------------------------------------------------------------
+# --- whole training steps, one process an arm (bench_cpu_steps.py) ----------------------------------------------------
 
 
-def step_arm(arm: str, threads: int, tokens: int = 256, steps: int = 5) -> dict:
-    """Seconds of a step (median) and peak resident memory of one arm: a Llama of 110M parameters, bf16, LoRA on all."""
-    import transformers
-
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(hidden_size=768, intermediate_size=2048, num_hidden_layers=12,
-                                      num_attention_heads=12, vocab_size=16000, tie_word_embeddings=True)  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).to(BF16)
-    if arm == "bitsandbytes":
-        bnb = load_bitsandbytes()
-        from peft import LoraConfig, get_peft_model
-
-        for path, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and path != "lm_head":
-                parent = model.get_submodule(path.rpartition(".")[0])
-                setattr(parent, path.rpartition(".")[2], bnb_linear(bnb, module.weight.data, nested=True))
-        model.is_loaded_in_4bit = True
-        model.requires_grad_(False)
-        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
-    else:
-        if arm == "qlora_ref":
-            quantize_model(model)
-        attach_lora(model, RANK, 2 * RANK, dropout=0.0)
-    base = model.get_base_model() if arm == "bitsandbytes" else model
-    base.config.use_cache = False
-    base.enable_input_require_grads()
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4)
-    ids = torch.randint(0, config.vocab_size, (1, tokens))
-    times = []
-    for _ in range(steps + 1):
-        start = time.perf_counter()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        times.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": sorted(times[1:])[steps // 2], "peak_bytes": peak}
+def step_arm(arm: str, model: str, threads: int) -> dict | None:
+    script = Path(__file__).with_name("bench_cpu_steps.py")
+    command = [sys.executable, str(script), "--arm", arm, "--model", model, "--threads", str(threads)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        print(f"training step of {arm} failed: {run.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        return None
+    return json.loads(run.stdout.strip().splitlines()[-1])
 
 
-def bench_steps(rows: list[Row], threads: int) -> dict:
-    """Arms take turns, each in fresh processes: peak memory is a property of a process."""
-    results: dict[str, list[dict]] = {arm: [] for arm in STEP_ARMS}
-    for _ in range(3):
-        for arm in STEP_ARMS:
-            command = [sys.executable, __file__, "--arm", arm, "--threads", str(threads)]
-            run = subprocess.run(command, capture_output=True, text=True)
-            if run.returncode:
-                print(f"training step of {arm} failed: {run.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-                continue
-            results[arm].append(json.loads(run.stdout.strip().splitlines()[-1]))
+def bench_steps(rows: list[Row], peaks: dict) -> None:
+    """Arms take turns, each in fresh processes: peak memory is a property of a process. The demo sets one thread."""
     keys = {"qlora_ref": "nested"}
-    times = {keys.get(a, a): sorted(r["seconds"] for r in rs)[len(rs) // 2] for a, rs in results.items() if rs}
-    rows.append(
-        Row("training step, Llama 110M", "256 tokens", threads, 256, times, None, ">= 1.5x bitsandbytes + PEFT")
-    )
-    return {arm: max(r["peak_bytes"] for r in rs) for arm, rs in results.items() if rs}
+    for model, threads in (("llama", os.cpu_count() or 1), ("demo", 1)):
+        results: dict[str, list[dict]] = {arm: [] for arm in STEP_ARMS}
+        for _ in range(3):
+            for arm in STEP_ARMS:
+                if result := step_arm(arm, model, threads):
+                    results[arm].append(result)
+        seconds = {a: sorted(r["seconds"] for r in rs)[len(rs) // 2] for a, rs in results.items() if rs}
+        floors = sorted(r["floor"] for r in results["rest"])
+        times = {keys.get(arm, arm): value for arm, value in seconds.items()}
+        floor = floors[len(floors) // 2] if floors else None
+        target = ">= 1.5x bitsandbytes + PEFT"
+        rows.append(Row("training step", model, threads, None, times, floor, target))
+        peaks[model] = {arm: max(r["peak_bytes"] for r in rs) for arm, rs in results.items() if rs}
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
@@ -358,9 +322,12 @@ def markdown(ceilings: dict[int, Machine], info: dict, rows: list[Row], peaks: d
     text = [f"{about}.", "", f"Ceilings measured in the same run: {measured}.", "",
             "Medians of alternatives that took turns. Column bitsandbytes: the faster of its nested and flat form.",
             "", HEAD, *map(line, rows)]  # fmt: skip
-    if peaks:
-        shown = ", ".join(f"{arm} {peak / 2**20:.0f} MiB" for arm, peak in peaks.items())
-        text += ["", f"Peak resident memory of the training step: {shown}."]
+    steps = {row.shape: row.times for row in rows if row.op == "training step"}
+    for model, of_arm in peaks.items():
+        shown = ", ".join(f"{arm} {peak / 2**20:.0f} MiB" for arm, peak in of_arm.items())
+        text += ["", f"Training step, {model}: peak resident memory of the steps {shown}."]
+        if rest := steps[model].get("rest"):
+            text += [f"Without its linear layers and adapters (`rest`) a step takes {rest * 1e3:.0f} ms."]
     return "\n".join(text) + "\n"
 
 
@@ -368,22 +335,21 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape and few sizes")
     parser.add_argument("--steps", action="store_true", help="also whole training steps (minutes)")
+    parser.add_argument("--only-steps", action="store_true", help="whole training steps and nothing else")
     parser.add_argument("--threads", type=int, nargs="*", help="default: 1 and all cores")
     parser.add_argument("--output", type=Path, help="folder for bench_cpu.json and bench_cpu.md")
-    parser.add_argument("--arm", choices=STEP_ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if native.cpu is None:
         print(f"nothing to measure: {native.missing['cpu']}", file=sys.stderr)
         return 2
     warnings.simplefilter("ignore")
-    if args.arm:
-        print(json.dumps(step_arm(args.arm, args.threads[0])))
-        return 0
     torch.manual_seed(0)
     bnb, rows, ceilings, peaks = load_bitsandbytes(), [], {}, {}
     info = machine_info(bnb)
     shapes, tokens = (SHAPES[:1], (1, 8, 32, 256)) if args.quick else (SHAPES, TOKENS)
     for threads in args.threads or sorted({1, os.cpu_count() or 1}):
+        if args.only_steps:
+            break
         torch.set_num_threads(threads)
         ceilings[threads] = machine = measure_machine()
         for shape in shapes:
@@ -392,8 +358,8 @@ def main(argv: list[str]) -> int:
             bench_linear(rows, machine, shape, tokens, bnb, threads)
             bench_lora(rows, machine, shape, bnb, threads)
             save(args.output, ceilings, info, rows, peaks)
-    if args.steps:
-        peaks = bench_steps(rows, os.cpu_count() or 1)
+    if args.steps or args.only_steps:
+        bench_steps(rows, peaks)
         save(args.output, ceilings, info, rows, peaks)
     print(markdown(ceilings, info, rows, peaks))
     return 0

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from . import native
+from . import autograd, native
 from .reference import blockwise, double_quant
 from .reference.codebook import get_codebook
 from .reference.double_quant import get_map8
@@ -242,7 +242,11 @@ def _(dy, x, *args):
 # --- gradients: equations of reference/linear.py; only packed bytes are saved -------------------------------------
 
 
-def _save_linear(ctx, inputs, output):
+def _output_shape(x, *args):
+    return *x.shape[:-1], args[_WEIGHT_ARGS]
+
+
+def _save_linear(ctx, inputs):
     x, *weight = inputs[: 1 + _WEIGHT_ARGS]
     ctx.save_for_backward(*weight[:4])  # packed, absmax, nested_absmax, absmax_mean
     ctx.spec, ctx.in_features = weight[4:], x.shape[-1]
@@ -257,7 +261,7 @@ def _linear_backward(ctx, dy):
     return dx, *[None] * _WEIGHT_ARGS, None, dbias
 
 
-def _save_lora_linear(ctx, inputs, output):
+def _save_lora_linear(ctx, inputs):
     x, *weight = inputs[: 1 + _WEIGHT_ARGS]
     *_, lora_A, lora_B, ctx.scaling = inputs
     ctx.save_for_backward(x, *weight[:4], lora_A, lora_B)
@@ -274,10 +278,9 @@ def _lora_linear_backward(ctx, dy):
     return dx if need_dx else None, *[None] * _WEIGHT_ARGS, None, dbias, dA, dB, None
 
 
-torch.library.register_autograd("qlora_ref::linear_4bit", _linear_backward, setup_context=_save_linear, lib=_lib)
-torch.library.register_autograd(
-    "qlora_ref::lora_linear_4bit", _lora_linear_backward, setup_context=_save_lora_linear, lib=_lib
-)
+_ops = torch.ops.qlora_ref
+autograd.register(_lib, _ops.linear_4bit.default, _output_shape, _save_linear, _linear_backward)
+autograd.register(_lib, _ops.lora_linear_4bit.default, _output_shape, _save_lora_linear, _lora_linear_backward)
 
 
 # --- native backends: names of data types become tables, then straight to the kernel ------------------------------
@@ -338,8 +341,7 @@ def _register_native(backend, key: str) -> None:
         double_dequantize,
     )
     kernels += (linear_4bit, linear_4bit_backward)
-    if hasattr(backend, "lora_linear_4bit"):  # CUDA folds the adapter into the product (cuda_linear.py)
-        kernels += (lora_linear_4bit, lora_linear_4bit_backward)
+    kernels += (_without_autocast(lora_linear_4bit), _without_autocast(lora_linear_4bit_backward))
     for kernel in kernels:
         _lib.impl(kernel.__name__, kernel, key)
 

@@ -1,0 +1,172 @@
+"""LoRA on the CPU: every number of tokens and dtype within its rounding bound, and what autograd does around the op."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from qlora_ref import cpu_linear, native, ops
+from qlora_ref.nn import Linear4bit, LoRALinear
+from qlora_ref.quantized import QuantizedTensor
+from qlora_ref.testing.compare import assert_bits_equal, assert_within_bound, bounds
+
+pytestmark = pytest.mark.skipif(native.cpu is None, reason=f"no native CPU: {native.missing['cpu']}")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FORWARD, BACKWARD = torch.ops.qlora_ref.lora_linear_4bit, torch.ops.qlora_ref.lora_linear_4bit_backward
+
+
+def problem(tokens, rows=96, cols=128, rank=5, dtype=torch.float32, bias=True):
+    """Arguments of the forward op, and a dy."""
+    g = torch.Generator().manual_seed(tokens)
+    weight = QuantizedTensor.quantize(torch.randn(rows, cols, generator=g)).op_args()
+    x, dy = (torch.randn(tokens, n, generator=g).to(dtype) for n in (cols, rows))
+    A, B = torch.randn(rank, cols, generator=g) / cols**0.5, torch.randn(rows, rank, generator=g)
+    b = torch.randn(rows, generator=g).to(dtype) if bias else None
+    return (x, *weight, rows, b, A, B, 0.25), dy
+
+
+def backward_arguments(forward, dy, need_dx=True):
+    x, *weight, _, _, A, B, scaling = forward
+    return dy, x, *weight, A, B, scaling, need_dx
+
+
+def check(op, arguments):
+    outputs, torch_outputs = getattr(torch.ops.qlora_ref, op)(*arguments), ops._REFERENCE[op](*arguments)
+    if not isinstance(outputs, tuple):
+        outputs, torch_outputs = (outputs,), (torch_outputs,)
+    for mine, same, (name, value, bound) in zip(outputs, torch_outputs, bounds(op, arguments), strict=True):
+        assert mine.dtype == same.dtype and mine.is_contiguous()
+        assert_within_bound(mine, same, value, bound, f"{op} {name}")
+
+
+def check_both(forward, dy):
+    check("lora_linear_4bit", forward)
+    check("lora_linear_4bit_backward", backward_arguments(forward, dy))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 5, 48, 49, 128, 129, 300])
+def test_bound_for_every_number_of_tokens(tokens, dtype):
+    """Both sides of the change from the kernel to panels."""
+    check_both(*problem(tokens, dtype=dtype))
+    check_both(*problem(tokens, rows=33, cols=65, rank=1, dtype=dtype, bias=False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bound_over_several_panels(dtype, monkeypatch):
+    """Ragged last panels in both directions."""
+    monkeypatch.setattr(cpu_linear, "PANEL_STEP", 32)
+    monkeypatch.setattr(cpu_linear, "PANEL_BYTES", 1)
+    counted = []
+    dequantize = native.cpu._dequantize_region
+    monkeypatch.setattr(native.cpu, "_dequantize_region", lambda w, r, out: counted.append(r) or dequantize(w, r, out))
+    check_both(*problem(530, rows=100, cols=70, dtype=dtype))
+    rows = [(0, 32, 0, 70), (32, 32, 0, 70), (64, 32, 0, 70), (96, 4, 0, 70)]
+    cols = [(0, 100, 0, 32), (0, 100, 32, 32), (0, 100, 64, 6)]
+    assert counted == 2 * rows + 2 * cols  # once each for the reference, whose base path is dispatched too
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 64), (3, 1, 64), (7, 64, 1), (140, 5, 3)])
+def test_odd_shapes(shape):
+    tokens, rows, cols = shape
+    check_both(*problem(tokens, rows, cols, rank=2, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("tokens", [6, 140])
+def test_strided_and_batched_inputs_give_the_same_bits(tokens):
+    """x and dy as slices, transposed, and with two batch dimensions."""
+    (x, *rest), dy = problem(tokens, dtype=torch.bfloat16)
+    y, grads = FORWARD(x, *rest), BACKWARD(*backward_arguments((x, *rest), dy))
+    wide = torch.stack((x, -x), -1)[..., 0]
+    dy_t = dy.T.contiguous().T
+    assert not wide.is_contiguous() and not dy_t.is_contiguous()
+    assert_bits_equal(FORWARD(wide.view(2, tokens // 2, -1), *rest).flatten(0, 1), y)
+    again = BACKWARD(*backward_arguments((wide, *rest), dy_t))
+    for a, b, name in zip(again, grads, ("dx", "dA", "dB"), strict=True):
+        assert_bits_equal(a, b, name)
+
+
+def test_without_dx_the_adapter_gets_the_same_gradient():
+    forward, dy = problem(140, dtype=torch.bfloat16)
+    _, dA, dB = BACKWARD(*backward_arguments(forward, dy))
+    nothing, dA2, dB2 = BACKWARD(*backward_arguments(forward, dy, need_dx=False))
+    assert nothing.numel() == 0
+    assert_bits_equal(dA2, dA), assert_bits_equal(dB2, dB)
+
+
+def test_gradients_are_those_of_the_function():
+    """gradcheck in float64, where W' is exact."""
+    (x, *rest), _ = problem(3, rows=4, cols=6, rank=2, dtype=torch.float64)
+    *weight, rows, bias, A, B, scaling = rest
+    leaves = [t.double().requires_grad_() for t in (x, bias, A, B)]
+    call = lambda x, bias, A, B: FORWARD(x, *weight, rows, bias, A, B, scaling)
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("tokens", [6, 140])
+def test_autocast_leaves_the_products_in_the_dtype_of_x(tokens):
+    forward, dy = problem(tokens)
+    y, grads = FORWARD(*forward), BACKWARD(*backward_arguments(forward, dy))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_bits_equal(FORWARD(*forward), y)
+        for a, b in zip(BACKWARD(*backward_arguments(forward, dy)), grads, strict=True):
+            assert_bits_equal(a, b)
+
+
+def layer(rows=64, cols=64, dropout=0.0):
+    torch.manual_seed(0)
+    module = LoRALinear(Linear4bit.from_linear(torch.nn.Linear(cols, rows)), 4, 8, dropout)
+    torch.nn.init.normal_(module.lora_B)
+    return module
+
+
+def test_with_dropout_the_branch_sees_the_dropped_input():
+    module, x = layer(dropout=0.5), torch.randn(140, 64)
+    torch.manual_seed(1)
+    y = module.train()(x)
+    torch.manual_seed(1)
+    dropped = torch.nn.functional.dropout(x, 0.5)
+    branch = torch.nn.functional.linear(torch.nn.functional.linear(dropped, module.lora_A), module.lora_B)
+    assert_bits_equal(y, module.base_layer(x) + module.scaling * branch)
+
+
+def test_output_with_a_graph_is_an_ordinary_tensor():
+    """Its storage is that of the result, it can be changed in place, and its bits are those without a graph."""
+    module, x = layer(), torch.randn(140, 64)
+    y = module(x.requires_grad_())
+    with torch.no_grad():
+        assert_bits_equal(y.detach(), module(x))
+    assert y.untyped_storage().nbytes() == y.nbytes and y.is_contiguous() and y.requires_grad
+    expected = torch.autograd.grad(y.sum(), x)[0]
+    assert_bits_equal(torch.autograd.grad(module(x).mul_(2).sum(), x)[0], 2 * expected)
+
+
+class TwoLayers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = layer(96, 64), layer(64, 96)
+
+    def forward(self, x):
+        return x + self.last(torch.nn.functional.silu(self.first(x)))
+
+
+def test_recomputation_stops_before_the_last_product(monkeypatch):
+    """Two layers are two products forward and one again, not two; the gradients are those without checkpointing."""
+    model, x = TwoLayers(), torch.randn(140, 64, requires_grad=True)
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+    expected = torch.autograd.grad(model(x).sum(), leaves)
+    calls, forward = [], native.cpu.linear_4bit_forward
+    monkeypatch.setattr(native.cpu, "linear_4bit_forward", lambda x, *a: calls.append(x.shape) or forward(x, *a))
+    y = checkpoint(model, x, use_reentrant=False)
+    assert calls == [(140, 64), (140, 96)]
+    actual = torch.autograd.grad(y.sum(), leaves)
+    assert calls == [(140, 64), (140, 96), (140, 64)]
+    for a, e in zip(actual, expected, strict=True):
+        assert_bits_equal(a, e)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_of_one_layer_alone(use_reentrant):
+    module, x = layer(), torch.randn(6, 64, requires_grad=True)
+    expected = torch.autograd.grad(module(x).sum(), [x, module.lora_A])
+    checkpoint(module, x, use_reentrant=use_reentrant).sum().backward()
+    assert_bits_equal(x.grad, expected[0]), assert_bits_equal(module.lora_A.grad, expected[1])

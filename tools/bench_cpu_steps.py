@@ -1,0 +1,226 @@
+"""Whole training steps on the CPU, one process an arm: seconds, peak resident memory of the steps, and the roofline.
+
+    python tools/bench_cpu_steps.py --arm qlora_ref --model llama --threads 2      one arm as JSON
+    python tools/bench_cpu_steps.py --arm qlora_ref --model llama --profile        its operators, by time
+    python tools/bench.py --device cpu --steps                                     all arms by turns (bench_cpu.py)
+
+Models: `llama`, 110M parameters, 1 x 256 tokens, bf16; `demo`, the embedded model with the settings and the first
+batches of `qlora-ref demo`, float32. LoRA of rank 16 on every linear layer, gradient checkpointing, torch's AdamW.
+
+Arms: `qlora_ref`, `bitsandbytes` (with PEFT), `bf16` (our adapters on plain nn.Linear in the model's dtype), and
+`rest`: the linear layers and their adapters give zeros at once, everything else runs. `floor` is its time plus the
+flops of those layers at the rate of torch's own large product: no implementation of the 4-bit layer can be faster.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+from torch import nn
+
+import bench_cpu
+from qlora_ref.nn import LoRALinear, attach_lora, quantize_model
+
+ARMS = ("qlora_ref", "bitsandbytes", "bf16", "rest")
+MODELS = ("llama", "demo")
+RANK, ALPHA = 16, 32  # also the demo's
+
+
+@dataclass
+class Problem:
+    """A model in its own dtype and the micro-batches of one optimizer step."""
+
+    model: Any
+    dtype: torch.dtype
+    batches: list[dict[str, torch.Tensor]]
+
+    def tokens(self) -> int:
+        return sum(b["input_ids"].numel() for b in self.batches)
+
+
+def llama() -> Problem:
+    import transformers
+
+    config = transformers.LlamaConfig(hidden_size=768, intermediate_size=2048, num_hidden_layers=12,
+                                      num_attention_heads=12, vocab_size=16000, tie_word_embeddings=True)  # fmt: skip
+    ids = torch.randint(0, config.vocab_size, (1, 256))
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    return Problem(model, torch.bfloat16, [{"input_ids": ids, "labels": ids}])
+
+
+def demo() -> Problem:
+    """What `qlora-ref demo` trains on in its first step."""
+    from qlora_ref.data import stdlib_qa_path, tiny_base_path
+    from qlora_ref.finetune.batches import Plan, collate
+    from qlora_ref.finetune.config import TrainConfig
+    from qlora_ref.finetune.demo_cli import SETTINGS
+    from qlora_ref.finetune.encode import find_format, load_dataset
+    from qlora_ref.finetune.loading import load_base, load_tokenizer, pad_id
+
+    path = str(tiny_base_path())
+    config = TrainConfig(model=path, data=str(stdlib_qa_path("train")), format="alpaca", max_steps=60, **SETTINGS)
+    tokenizer, form = load_tokenizer(path), find_format(config.data, config.format)
+    data = load_dataset(config.data, form, form.template, tokenizer, config, False)
+    micro = Plan(data, range(len(data)), config).step(0)
+    batches = [collate(data, rows, pad_id(tokenizer)) for rows in micro]
+    return Problem(load_base(path, torch.float32), torch.float32, batches)
+
+
+class _Zeros(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, lora_A, lora_B):
+        ctx.save_for_backward(x, lora_A, lora_B)
+        return x.new_zeros(*x.shape[:-1], lora_B.shape[0])
+
+    @staticmethod
+    def backward(ctx, dy):
+        return tuple(map(torch.zeros_like, ctx.saved_tensors))
+
+
+class NoProduct(LoRALinear):
+    """A layer and its adapter that cost nothing but what autograd must keep and give."""
+
+    def forward(self, x):
+        return _Zeros.apply(x, self.lora_A, self.lora_B)
+
+
+def layer_flops(linears, tokens: int) -> float:
+    """What the layers of a step must compute: forward, dx, the gradients of the adapters, and the forward once more
+    except in down_proj: nobody needs the output of a block a second time."""
+    total = 0
+    for path, m in linears:
+        base, adapter = m.in_features * m.out_features, RANK * (m.in_features + m.out_features)
+        again = not path.endswith("down_proj")
+        total += (2 + again) * base + (3 + again) * adapter
+    return 2.0 * tokens * total
+
+
+def adapt(problem: Problem, arm: str) -> tuple[Any, float]:
+    """(the model with adapters as the arm makes them, flops of its linear layers in a step)."""
+    model = problem.model
+    linears = [(p, m) for p, m in model.named_modules() if isinstance(m, nn.Linear) and p != "lm_head"]
+    flops = layer_flops(linears, problem.tokens())
+    if arm == "bitsandbytes":
+        return _with_bitsandbytes(model, linears, problem.dtype), flops
+    if arm == "qlora_ref":
+        quantize_model(model)
+    attach_lora(model, RANK, ALPHA)
+    if arm == "rest":
+        for module in model.modules():
+            if isinstance(module, LoRALinear):
+                module.__class__ = NoProduct
+    return model, flops
+
+
+def _with_bitsandbytes(model, linears, dtype):
+    from peft import LoraConfig, get_peft_model
+
+    bnb = bench_cpu.load_bitsandbytes()
+    for path, module in linears:
+        parent, _, child = path.rpartition(".")
+        layer = bench_cpu.bnb_linear(bnb, module.weight.data, nested=True, compute_dtype=dtype)
+        setattr(model.get_submodule(parent), child, layer)
+    model.is_loaded_in_4bit = True
+    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"))
+
+
+def prepare(arm: str, name: str) -> tuple[Any, Problem, float]:
+    """(a function that makes one optimizer step, the problem without its model, flops of the linear layers)."""
+    torch.manual_seed(0)
+    problem = {"llama": llama, "demo": demo}[name]()
+    model, flops = adapt(problem, arm)
+    problem.model = None
+    base = model.get_base_model() if arm == "bitsandbytes" else model
+    base.config.use_cache = False
+    base.enable_input_require_grads()
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step():
+        for batch in problem.batches:
+            (model(**batch).loss / len(problem.batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, problem, flops
+
+
+def reset_peak() -> int:
+    """Forget the peak so far (Linux), after giving back what building the model left over; resident bytes now."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """flop/s of torch's own product of large matrices on the current number of threads."""
+    a, b = torch.randn(256, 4096).to(dtype), torch.randn(2048, 4096).to(dtype)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ b.T
+        times.append(time.perf_counter() - start)
+    return 2 * 256 * 4096 * 2048 / sorted(times)[5]
+
+
+def run_arm(arm: str, name: str, threads: int, steps: int = 7) -> dict[str, float]:
+    """Seconds of a step (median), resident bytes before the steps and their peak; for `rest` also the floor."""
+    torch.set_num_threads(threads)
+    step, problem, flops = prepare(arm, name)
+    before, times = reset_peak(), []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    result = {"seconds": sorted(times[1:])[steps // 2], "before_bytes": before, "peak_bytes": resident("VmHWM")}
+    if arm == "rest":
+        result["floor"] = result["seconds"] + flops / product_rate(problem.dtype)
+    return result
+
+
+def profile_arm(arm: str, name: str, threads: int) -> str:
+    """Operators of three steps by their own time."""
+    torch.set_num_threads(threads)
+    step, _, _ = prepare(arm, name)
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(3):
+            step()
+    return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=60)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arm", choices=ARMS, required=True)
+    parser.add_argument("--model", choices=MODELS, default="llama")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args(argv)
+    if args.profile:
+        print(profile_arm(args.arm, args.model, args.threads))
+    else:
+        print(json.dumps(run_arm(args.arm, args.model, args.threads)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
