@@ -82,7 +82,7 @@ QLORA_HD int count_below_255(const float* thresholds, float s) {
 #ifdef __CUDA_ARCH__
 #pragma unroll
 #endif
-  for (int step = 128; step > 0; step /= 2) below += int(thresholds[below + step - 1] < s) * step;
+  for (int step = 128; step > 0; step /= 2) below += thresholds[below + step - 1] < s ? step : 0;
   return below;
 }
 

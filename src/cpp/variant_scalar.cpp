@@ -118,7 +118,7 @@ double sum_of_positive(const float* x, int64_t n) {
 struct AdamWLanes : OneFloat {
   using Key = uint32_t;
   using Code = int;
-  static constexpr int kCount = 1, kTogether = 1;
+  static constexpr int kCount = 1, kTogether = 4;
 
   template <DType dtype>
   QLORA_HD float load(const typename Element<dtype>::type* x) {
@@ -142,7 +142,13 @@ struct AdamWLanes : OneFloat {
   struct Search {
     const float* thresholds;
     explicit Search(const float* thresholds) : thresholds(thresholds) {}
-    void operator()(const float (&s)[1], int (&count)[1]) const { count[0] = count_below_255(thresholds, s[0]); }
+    // One step of all, then the next: alone, a value would wait for its own comparisons (or branch).
+    void operator()(const float (&s)[kTogether], int (&count)[kTogether]) const {
+      for (int& each : count) each = 0;
+      for (int step = 128; step > 0; step /= 2) {
+        for (int k = 0; k < kTogether; ++k) count[k] += thresholds[count[k] + step - 1] < s[k] ? step : 0;
+      }
+    }
   };
 };
 
