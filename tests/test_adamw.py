@@ -214,6 +214,8 @@ def emulated(tmp_path_factory):
     if compiler is None:
         pytest.skip("g++ is not installed, so the CUDA kernel cannot be emulated")
     flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    # what a card punishes and a CPU forgives, as in emulated_cuda.py
+    flags += ["-fsanitize=alignment,bounds,shift", "-fsanitize-undefined-trap-on-error", "-Wno-clobbered"]
     flags += ["-x", "c++", "-include", str(ROOT / "tests/cuda_emulator.h")]
     library = tmp_path_factory.mktemp("adamw") / "emulated.so"
     sources = [str(ROOT / "src/cuda/adamw.cu"), str(ROOT / "tests/adamw_emulated.cpp")]
@@ -226,13 +228,18 @@ def emulated(tmp_path_factory):
     return Emulated(SimpleNamespace(adamw=loaded.adamw, adamw_8bit=loaded.adamw_8bit))
 
 
-@pytest.fixture(params=["cpu", "emulated"])
+@pytest.fixture(params=[*(native.cpu_variants() or ["cpu"]), "emulated"])
 def backend(request):
+    """Every variant of the CPU kernels that this machine has, then the CUDA kernels."""
     if request.param == "emulated":
-        return request.getfixturevalue("emulated")
+        yield request.getfixturevalue("emulated")
+        return
     if native.cpu is None:
         pytest.skip(f"no C++ kernels: {native.missing['cpu']}")
-    return native.cpu
+    before = native.module.cpu.variant()
+    native.set_cpu_variant(request.param)
+    yield native.cpu
+    native.set_cpu_variant(before)
 
 
 GUARD = 64
@@ -301,17 +308,78 @@ def test_native_8bit_ragged_tail(backend, dtype):
         assert_bits_equal(actual, e, f"tensor {name}")
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e-39, 3e38])
-def test_native_8bit_extremes(backend, value):
-    """Non-finite, subnormal and huge gradients in one block, the neighbours untouched."""
+def assert_8bit_step(backend, param, grad, states, settings, steps=1):
+    """`steps` steps of the reference, and of the backend on copies: every tensor has the same bits after each."""
+    ours = [t.clone() for t in (param, grad, *states)]
+    names = "param", "grad", "m codes", "m absmax", "v codes", "v absmax"
+    for step in range(1, 1 + steps):
+        adamw_step_8bit(param, grad, states, AdamWScalars(step, **settings))
+        backend.adamw_8bit(*[[t] for t in ours], [torch.tensor(float(step))], **settings)
+        for name, e, actual in zip(names, (param, grad, *states), ours, strict=True):
+            assert_bits_equal(actual, e, f"{name}, step {step}")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e-39, 3e20, 3e38])
+@pytest.mark.parametrize("settings", SETTINGS, ids=["default", "beta1=.5", "no memory"])
+def test_native_8bit_extremes(backend, settings, value):
+    """Non-finite, subnormal and huge gradients in one block, the neighbours untouched. 3e20 gives a v, and with
+    no memory 3e38 gives an m, whose reciprocal is subnormal: such a block is divided."""
     param, grad, m, v = problem(700, torch.float32)
     grad[300] = value
+    assert_8bit_step(backend, param, grad, encode_moments(m, v), settings, steps=2)
+
+
+@DTYPES
+def test_native_8bit_blocks(backend, dtype):
+    """Whole blocks of zeros, of subnormal gradients, of NaN, with states that hold every code, and a tail of
+    zeros."""
+    param, grad, m, v = problem(5 * 256 + 9, dtype)
+    grad[:256] = m[:256] = v[:256] = 0
+    grad[256:512], m[256:512], v[256:512] = 1e-40, 0, 0
+    grad[512:768] = torch.nan
+    grad[-9:] = m[-9:] = v[-9:] = 0
     states = encode_moments(m, v)
-    ours = [t.clone() for t in (param, grad, *states)]
-    adamw_step_8bit(param, grad, states, AdamWScalars(1, **SETTINGS[0]))
-    backend.adamw_8bit(*[[t] for t in ours], [torch.tensor(1.0)], **SETTINGS[0])
-    for name, e, actual in zip(range(6), (param, grad, *states), ours, strict=True):
-        assert_bits_equal(actual, e, f"tensor {name}")
+    for codes in (states[0], states[2]):
+        codes[768:1024] = torch.arange(256)
+    assert_8bit_step(backend, param, grad, states, SETTINGS[0], steps=3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.7e19, 3.1e38], ids=["one", "large v", "large m"])
+def test_native_8bit_beside_the_thresholds(backend, scale):
+    """With beta1 = beta2 = 0 the new moments are g and g^2: on every threshold of both maps and one ulp off,
+    unscaled, and where v or m is divided by an absmax whose reciprocal is subnormal."""
+    around = []
+    for name, root in (("dynamic", False), ("dynamic_unsigned", True)):
+        thresholds = get_map8(name).thresholds
+        x = thresholds.double().sqrt().float() if root else thresholds
+        around += [x, x.nextafter(torch.tensor(2.0)), x.nextafter(torch.tensor(-2.0))]
+    grad = torch.cat(around).view(-1, 255)
+    grad = torch.cat([grad, torch.ones(len(grad), 1)], dim=1).flatten() * scale
+    zeros = torch.zeros_like(grad)
+    assert_8bit_step(backend, zeros.clone(), grad, encode_moments(zeros, zeros), SETTINGS[2])
+
+
+@DTYPES
+def test_threads_give_the_same_bits(backend, dtype):
+    """More elements than one thread takes, and a rest."""
+    before = torch.get_num_threads()
+    param, grad, m, v = problem(5 * 16384 + 300, dtype)
+    states = encode_moments(m, v)
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            run, run_8bit = ([t.clone() for t in fields] for fields in ((param, grad, m, v), (param, grad, *states)))
+            backend.adamw(*[[t] for t in run], [torch.tensor(2.0)], **SETTINGS[0])
+            backend.adamw_8bit(*[[t] for t in run_8bit], [torch.tensor(2.0)], **SETTINGS[0])
+            results.append([*run, *run_8bit])
+    finally:
+        torch.set_num_threads(before)
+    adamw_step(param, grad, m, v, AdamWScalars(2, **SETTINGS[0]))
+    for a, b, name in zip(*results, range(10), strict=True):
+        assert_bits_equal(a, b, f"tensor {name}")
+    for a, e in zip(results[0][:4], (param, grad, m, v), strict=True):
+        assert_bits_equal(a, e)
 
 
 @DTYPES
@@ -334,6 +402,18 @@ def test_misaligned_runs(backend, dtype, offset):
     ours = [torch.cat([t[:offset], t])[offset:] for t in expected]
     adamw_step(*expected, AdamWScalars(1, **SETTINGS[0]))
     backend.adamw(*[[t] for t in ours], [torch.tensor(1.0)], **SETTINGS[0])
+    for e, a in zip(expected, ours, strict=True):
+        assert_bits_equal(a, e)
+
+
+def test_nan_stays_nan_in_bf16(backend):
+    """Rounded like a number, this NaN would overflow to -0."""
+    param, grad, m, v = problem(64, torch.bfloat16)
+    m.view(torch.int32)[5::7] = 0x7FFFFFFF
+    expected, ours = [[t.clone() for t in (param, grad, m, v)] for _ in range(2)]
+    adamw_step(*expected, AdamWScalars(1, **SETTINGS[0]))
+    backend.adamw(*[[t] for t in ours], [torch.tensor(1.0)], **SETTINGS[0])
+    assert ours[0].isnan().nonzero().flatten().tolist() == list(range(5, 64, 7))
     for e, a in zip(expected, ours, strict=True):
         assert_bits_equal(a, e)
 

@@ -42,18 +42,26 @@ QLORA_HD AdamWCoefficients adamw_coefficients(const AdamWScalars& s, float step,
   return c;
 }
 
-template <AdamWOrder order>
-QLORA_HD void adamw_element(float& theta, float g, float& m, float& v, const AdamWCoefficients& c) {
+// One float. A CPU variant has the same for a register of them, which the compiler can add, multiply and divide.
+struct OneFloat {
+  using F = float;
+  QLORA_HD float fma(float a, float b, float c) { return fmaf(a, b, c); }
+  QLORA_HD float sqrt(float x) { return sqrtf(x); }
+};
+
+template <AdamWOrder order, class Lanes = OneFloat, class F = typename Lanes::F>
+QLORA_HD void adamw_element(F& theta, F g, F& m, F& v, const AdamWCoefficients& c) {
+  Lanes lanes;  // an object, because QLORA_HD makes static members on the host only
   if constexpr (order == AdamWOrder::loop) {
     if (c.decays) theta = theta * c.decay;
-    m = c.from_old ? fmaf(c.w1, g - m, m) : fmaf(-c.w1_rest, g - m, g);
-    v = fmaf(g, c.w2 * g, v * c.beta2);
+    m = c.from_old ? lanes.fma(c.w1, g - m, m) : lanes.fma(-c.w1_rest, g - m, g);
+    v = lanes.fma(g, c.w2 * g, v * c.beta2);
   } else {
-    if (c.decays) theta = fmaf(-c.decay, theta, theta);
-    m = fmaf(c.beta1, m, fmaf(-c.beta1, g, g));
-    v = fmaf(c.beta2, v, fmaf(-c.beta2, g * g, g * g));
+    if (c.decays) theta = lanes.fma(-c.decay, theta, theta);
+    m = lanes.fma(c.beta1, m, lanes.fma(-c.beta1, g, g));
+    v = lanes.fma(c.beta2, v, lanes.fma(-c.beta2, g * g, g * g));
   }
-  const float denominator = sqrtf(v) / c.correction2_sqrt + c.eps;
+  const F denominator = lanes.sqrt(v) / c.correction2_sqrt + c.eps;
   theta = theta - (c.step_size * m) / denominator;
 }
 

@@ -51,25 +51,6 @@ void dequantize_region(const Weight4bit& weight, const Codebook& codebook, int64
 
 // --- AdamW (reference/adamw.py): `count` runs of elements in one call, updated in place -------------------------------
 
-// `param` and `grad` are f32 or bf16; `step` points at this step's number, counted from 1.
-struct AdamWPiece {
-  void* param;
-  const void* grad;
-  float *exp_avg, *exp_avg_sq;
-  const float* step;
-  int64_t n;
-};
-// Moments in 8 bits: one absmax for every 256 elements of the run.
-struct AdamW8bitPiece {
-  void* param;
-  const void* grad;
-  uint8_t* m_codes;
-  float* m_absmax;
-  uint8_t* v_codes;
-  float* v_absmax;
-  const float* step;
-  int64_t n;
-};
 void adamw(const AdamWPiece* pieces, int64_t count, DType dtype, const AdamWScalars& scalars, AdamWOrder order);
 // `maps`: the map of m and that of v.
 void adamw_8bit(const AdamW8bitPiece* pieces, int64_t count, DType dtype, const AdamWScalars& scalars,

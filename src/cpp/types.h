@@ -45,4 +45,25 @@ struct Weight4bit {
   int64_t block_size;
 };
 
+// One run of elements that AdamW updates in place. `param` and `grad` are f32 or bf16; `step` points at this step's
+// number, counted from 1.
+struct AdamWPiece {
+  void* param;
+  const void* grad;
+  float *exp_avg, *exp_avg_sq;
+  const float* step;
+  int64_t n;
+};
+// The same with moments in 8 bits: one absmax for every 256 elements of the run.
+struct AdamW8bitPiece {
+  void* param;
+  const void* grad;
+  uint8_t* m_codes;
+  float* m_absmax;
+  uint8_t* v_codes;
+  float* v_absmax;
+  const float* step;
+  int64_t n;
+};
+
 }  // namespace qlora

@@ -1,11 +1,11 @@
 // What is compiled once per instruction set: the inner loops, over memory that one thread owns.
 //
-// The portable files (blockwise.cpp, double_quant.cpp, linear.cpp) cut the work into such pieces; a variant fills this
-// table. Every variant gives the same bits. A variant file may include only headers whose functions are always inlined
-// (math.h, element.h): anything else it emits could be the copy that the linker keeps for older CPUs. Nor may it run
-// anything when the module is loaded.
+// The portable files (blockwise.cpp, double_quant.cpp, linear.cpp, adamw.cpp) cut the work into such pieces; a variant
+// fills this table. Every variant gives the same bits. A variant file may include only headers whose functions are always
+// inlined (math.h, element.h, adamw_math.h): anything else it emits could be the copy that the linker keeps for older
+// CPUs. Nor may it run anything when the module is loaded.
 #pragma once
-#include "math.h"
+#include "adamw_math.h"
 #include "types.h"
 
 #define QLORA_INLINE inline __attribute__((always_inline))  // variant files are for GCC and Clang
@@ -43,6 +43,16 @@ QLORA_HD const float* absmax_of(const BlockAbsmax& absmax, int64_t block) {
   return absmax.values + (absmax.codes ? absmax.codes[block] : block);
 }
 
+// By DType: f32, bf16.
+struct AdamWLoops {
+  // By AdamWOrder: elements [begin, end) of a piece, a multiple of kAdamWRun.
+  void (*update[2][2])(const AdamWPiece& piece, const AdamWCoefficients& c, int64_t begin, int64_t end);
+  // Blocks [begin, end) of a piece, all of kStateBlock elements. `maps`: that of m, that of v.
+  void (*update_8bit[2])(const AdamW8bitPiece& piece, const AdamWCoefficients& c, const Map8* maps, int64_t begin,
+                         int64_t end);
+};
+constexpr int kAdamWRun = 16;
+
 struct Variant {
   const char* name;
 
@@ -65,6 +75,8 @@ struct Variant {
   // x (m, cols) -> the order and type that linear_rows wants, linear_x_bytes an element, `stride` bytes a token
   void (*linear_prepare[3])(const void* x, int64_t m, int64_t cols, int64_t stride, void* out);
   int linear_x_bytes[3];
+
+  AdamWLoops adamw;
 };
 
 extern const Variant scalar_variant;

@@ -1,4 +1,4 @@
-// AVX2, FMA, F16C: quantize, dequantize, linear. Double quantization and the rests are variant_scalar.cpp's.
+// AVX2, FMA, F16C: quantize, dequantize, linear, AdamW. Double quantization and the rests are variant_scalar.cpp's.
 #include <immintrin.h>
 
 #include <cstring>
@@ -27,6 +27,13 @@ QLORA_INLINE __m256 load8(const typename Element<dtype>::type* x) {
 
 // --- quantize ----------------------------------------------------------------------------------------------------------
 
+QLORA_INLINE uint32_t largest_of(__m256i largest) {
+  __m128i half = _mm_max_epu32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+  half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4e));
+  half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0xb1));
+  return uint32_t(_mm_cvtsi128_si32(half));
+}
+
 template <DType dtype>
 uint32_t largest_magnitude(const typename Element<dtype>::type* x, int64_t size) {
   __m256i largest = _mm256_setzero_si256();
@@ -34,10 +41,7 @@ uint32_t largest_magnitude(const typename Element<dtype>::type* x, int64_t size)
     __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(load8<dtype>(x + i)), _mm256_set1_epi32(0x7fffffff));
     largest = _mm256_max_epu32(largest, magnitude);
   }
-  __m128i half = _mm_max_epu32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
-  half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4e));
-  half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0xb1));
-  return uint32_t(_mm_cvtsi128_si32(half));
+  return largest_of(largest);
 }
 
 template <DType dtype>
@@ -188,6 +192,10 @@ void dequantize(const uint8_t* packed, const BlockAbsmax& absmax, int64_t n, int
   }
 }
 
+// --- AdamW ---------------------------------------------------------------------------------------------------------------
+
+#include "variant_avx2_adamw.h"
+
 // --- linear --------------------------------------------------------------------------------------------------------------
 
 #include "linear_tile.h"
@@ -263,6 +271,7 @@ void extend(Variant& variant) {
   variant.linear_prepare[1] = f32_prepare<DType::bf16>;
   variant.linear_prepare[2] = f32_prepare<DType::f16>;
   for (int& bytes : variant.linear_x_bytes) bytes = 4;
+  variant.adamw = adamw_loops<AdamWLanes>;
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// AVX-512 F, BW, VL, DQ: quantize, dequantize, double quantization. Bits as variant_scalar.cpp, which also gets the rests.
+// AVX-512 F, BW, VL, DQ: quantize, dequantize, double quantization, AdamW, linear. Bits as variant_scalar.cpp, which also
+// gets the rests.
 #include <immintrin.h>
 
 #include <cstring>
@@ -296,27 +297,6 @@ void double_quantize(const float* absmax, int64_t n, int64_t nested_block_size, 
   }
 }
 
-// map[code] for 16 codes by shuffles, cheaper here than a gather: the map lies in 16 registers; the low 5 bits of a code
-// choose in each pair of them, then each of the high 3 bits halves the number of candidates.
-struct Map256 {
-  __m512 part[16];
-
-  explicit Map256(const float* map) {
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) part[i] = _mm512_loadu_ps(map + 16 * i);
-  }
-
-  inline __attribute__((always_inline)) __m512 operator()(__m512i code) const {
-    __mmask16 bit5 = _mm512_test_epi32_mask(code, _mm512_set1_epi32(32));
-    __mmask16 bit6 = _mm512_test_epi32_mask(code, _mm512_set1_epi32(64));
-    __mmask16 bit7 = _mm512_test_epi32_mask(code, _mm512_set1_epi32(128));
-    auto in32 = [&](int i) { return _mm512_permutex2var_ps(part[2 * i], code, part[2 * i + 1]); };
-    auto in64 = [&](int i) { return _mm512_mask_blend_ps(bit5, in32(i), in32(i + 1)); };
-    auto in128 = [&](int i) { return _mm512_mask_blend_ps(bit6, in64(i), in64(i + 2)); };
-    return _mm512_mask_blend_ps(bit7, in128(0), in128(4));
-  }
-};
-
 void nested_values(const float* map, float nested_absmax, float mean, float* values) {
   const __m512 scale = _mm512_set1_ps(nested_absmax), means = _mm512_set1_ps(mean);
   for (int code = 0; code < 256; code += 16) {
@@ -339,6 +319,10 @@ double sum_of_positive(const float* x, int64_t n) {
   if (_mm512_movepi32_mask(bits)) return double(kNaN);
   return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(sum[0], sum[1]), _mm512_add_pd(sum[2], sum[3])));
 }
+
+// --- AdamW ---------------------------------------------------------------------------------------------------------------
+
+#include "variant_avx512_adamw.h"
 
 // --- linear --------------------------------------------------------------------------------------------------------------
 
@@ -424,6 +408,7 @@ void extend(Variant& variant) {
   variant.double_quantize = double_quantize;
   variant.nested_values = nested_values;
   variant.sum_of_positive = sum_of_positive;
+  variant.adamw = adamw_loops<AdamWLanes>;
 }
 
 }  // namespace

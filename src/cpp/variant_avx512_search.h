@@ -14,7 +14,8 @@ struct Search256 {
   static QLORA_INLINE __m512 load(const float* thresholds, int level, int part) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const int step = 128 >> level, inside = (1 << level) - 1;
-    const __m512i index = _mm512_mullo_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(inside)), _mm512_set1_epi32(2 * step));
+    const __m512i index =
+        _mm512_mullo_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(inside)), _mm512_set1_epi32(2 * step));
     return _mm512_i32gather_ps(index, thresholds + 32 * step * part + step - 1, 4);
   }
 

@@ -1,5 +1,6 @@
 // The inner loops in portable C++: the reference, element by element. The other variants equal this one bit for bit.
 #include <cstdint>
+#include <cstring>
 
 #include "element.h"
 #include "variant.h"
@@ -71,13 +72,6 @@ void dequantize(const uint8_t* packed, const BlockAbsmax& absmax, int64_t n, int
   }
 }
 
-// Number of the 255 thresholds strictly below s: they ascend, so by bisection. NaN gives 0.
-int count_below_255(float s, const float* thresholds) {
-  int count = 0;
-  for (int step = 128; step; step /= 2) count += thresholds[count + step - 1] < s ? step : 0;
-  return count;
-}
-
 void double_quantize_group(const float* absmax, int64_t n, float mean, const Map8& map, uint8_t* codes,
                            float* nested_absmax) {
   float d[kLargestBlock];
@@ -89,7 +83,7 @@ void double_quantize_group(const float* absmax, int64_t n, float mean, const Map
   if (lowest == 256) lowest = 0;
   float inverse = 1.0f / scale;
   for (int64_t i = 0; i < n; ++i) {
-    int code = scale == 0.0f ? map.zero_code : count_below_255(normalize(d[i], scale, inverse), map.thresholds);
+    int code = scale == 0.0f ? map.zero_code : count_below_255(map.thresholds, normalize(d[i], scale, inverse));
     codes[i] = uint8_t(code > lowest ? code : lowest);
   }
 }
@@ -117,6 +111,47 @@ double sum_of_positive(const float* x, int64_t n) {
   return bits >> 31 ? double(kNaN) : sum;
 }
 
+// --- AdamW ---------------------------------------------------------------------------------------------------------------
+
+#include "adamw_tile.h"
+
+struct AdamWLanes : OneFloat {
+  using Key = uint32_t;
+  using Code = int;
+  static constexpr int kCount = 1, kTogether = 4;
+
+  template <DType dtype>
+  QLORA_HD float load(const typename Element<dtype>::type* x) {
+    return Element<dtype>::load(*x);
+  }
+  template <DType dtype>
+  QLORA_HD void store(typename Element<dtype>::type* out, float x) {
+    *out = Element<dtype>::store(x);
+  }
+  QLORA_HD Key larger(Key key, float x) { return magnitude_key(x) > key ? magnitude_key(x) : key; }
+  QLORA_HD uint32_t largest(Key key) { return key; }
+  template <int lowest>
+  QLORA_HD void store_codes(uint8_t* codes, int code, float x) {
+    *codes = uint8_t(x > 0.0f && code < lowest ? lowest : code);
+  }
+  struct Levels {
+    const float* levels;
+    explicit Levels(const float* levels) : levels(levels) {}
+    float operator()(const uint8_t* codes) const { return levels[*codes]; }
+  };
+  struct Search {
+    const float* thresholds;
+    explicit Search(const float* thresholds) : thresholds(thresholds) {}
+    // One step of all, then the next: alone, a value would wait for its own comparisons (or branch).
+    void operator()(const float (&s)[kTogether], int (&count)[kTogether]) const {
+      for (int& each : count) each = 0;
+      for (int step = 128; step > 0; step /= 2) {
+        for (int k = 0; k < kTogether; ++k) count[k] += thresholds[count[k] + step - 1] < s[k] ? step : 0;
+      }
+    }
+  };
+};
+
 }  // namespace
 
 const Variant scalar_variant = {
@@ -129,6 +164,7 @@ const Variant scalar_variant = {
     {},
     {},
     {},
+    adamw_loops<AdamWLanes>,
 };
 
 }  // namespace qlora
