@@ -12,6 +12,17 @@ struct alignas(64) CacheLine {  // a register that lies across two lines takes t
   char bytes[64];
 };
 
+// Of one thread, kept: fresh memory would cost page faults at every call.
+struct Memory {
+  std::vector<float> values;
+  std::vector<CacheLine> sums, chunk{kLinearChunkBytes / sizeof(CacheLine)};
+
+  void reserve(int64_t floats, int64_t registers) {
+    if (int64_t(values.size()) < floats) values.resize(size_t(floats));
+    if (int64_t(sums.size()) < registers) sums.resize(size_t(registers));
+  }
+};
+
 }  // namespace
 
 bool can_linear_4bit_forward(DType dtype, int64_t cols, int64_t block_size) {
@@ -27,13 +38,15 @@ void linear_4bit_forward(const void* x, DType dtype, int64_t m, const Weight4bit
   int block_shift = 0;
   while ((int64_t(64) << block_shift) < weight.block_size) ++block_shift;
   LinearRows call{&weight, &codebook, prepared.data(), stride, m, bias, y, block_shift};
+  const int64_t at_once = m > kManyTokens ? kLinearRows : kTileRows;
+  const int64_t blocks = at_once * weight.cols / weight.block_size;
+  int64_t slots = 1;  // no more than needed: they are used by turns and should stay in the first-level cache
+  while (slots < blocks / weight.absmax.nested_block_size + 3) slots *= 2;
   parallel_for(weight.rows, 4 * kLinearRows, [&](int64_t begin, int64_t end) {
-    const int64_t blocks = kLinearRows * weight.cols / weight.block_size;
-    int64_t slots = 1;
-    while (slots < blocks / weight.absmax.nested_block_size + 3) slots *= 2;
-    std::vector<float> values(weight.absmax.codes ? size_t(256 * slots) : 0);
-    std::vector<CacheLine> sums(size_t(kLinearRows * m));
-    LinearScratch scratch{values.data(), slots - 1, 0, sums.data()};
+    static thread_local Memory memory;
+    memory.reserve(weight.absmax.codes ? 256 * slots : 0, at_once * m);
+    LinearScratch scratch{memory.values.data(), slots - 1, 0, memory.sums.data(),
+                          reinterpret_cast<char*>(memory.chunk.data())};
     isa.linear_rows[int(dtype)](call, scratch, begin, end);
   });
 }

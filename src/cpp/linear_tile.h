@@ -187,7 +187,7 @@ void few_tokens(const LinearRows& call, const Scales& from, int64_t row) {
 
 // --- more tokens: decode a chunk of R rows into the first-level cache, then multiply it with all tokens ------------------
 
-constexpr int64_t kChunk = 32;  // groups of 64 weights: with R rows a part of the first-level cache
+constexpr int64_t kChunk = 32;  // groups of 64 weights: R rows of them fit into the first-level cache
 
 // Groups first .. first + count of R rows -> out, row after row.
 template <class Lanes, int R>
@@ -238,24 +238,31 @@ void multiply_chunk(const char* w, const char* x, int64_t x_stride, int64_t vect
   }
 }
 
-template <class Lanes, DType dtype, int R>
+// G times R rows: their decoded chunks lie in the second-level cache and share a pass over the chunk of x, which is the
+// larger one where there are many tokens.
+template <class Lanes, DType dtype, int R, int G>
 void more_tokens(const LinearRows& call, const Scales& from, LinearScratch& scratch, int64_t row) {
   using E = Element<dtype>;
   using Sum = typename Lanes::Sum;
   constexpr int T = Lanes::kTokens;
+  constexpr int64_t kPart = R * kChunk / Lanes::kSpan * Lanes::kStepBytes;
+  static_assert(G * kPart <= kLinearChunkBytes, "LinearScratch has room for kLinearChunkBytes");
   const int64_t groups = call.weight->cols / 64, x_stride = call.x_stride, rows = call.weight->rows;
-  alignas(64) char chunk[R * kChunk / Lanes::kSpan * Lanes::kStepBytes];
   auto* sums = static_cast<Sum*>(scratch.sums);
   for (int64_t first = 0; first < groups; first += kChunk) {
     int64_t count = groups - first < kChunk ? groups - first : kChunk;
-    decode_chunk<Lanes, R>(call, from, row, first, count, chunk);
-    const int64_t steps = (count + Lanes::kSpan - 1) / Lanes::kSpan;
+    for (int g = 0; g < G; ++g) {
+      decode_chunk<Lanes, R>(call, from, row + g * R, first, count, scratch.chunk + g * kPart);
+    }
+    const int64_t vectors = (count + Lanes::kSpan - 1) / Lanes::kSpan * Lanes::kVectors;
     for (int64_t m = 0, tokens; m < call.m; m += tokens) {
       tokens = evenly<T>(call.m - m);
       auto* x = static_cast<const char*>(call.x) + m * x_stride + first / Lanes::kSpan * Lanes::kStepBytes;
       with_constant<T>(tokens, [&](auto constant) {
-        multiply_chunk<Lanes, R, decltype(constant)::value>(chunk, x, x_stride, steps * Lanes::kVectors, first == 0,
-                                                            sums + m * R);
+        for (int g = 0; g < G; ++g) {
+          multiply_chunk<Lanes, R, decltype(constant)::value>(scratch.chunk + g * kPart, x, x_stride, vectors,
+                                                              first == 0, sums + (m * G + g * tokens) * R);
+        }
       });
     }
   }
@@ -263,29 +270,35 @@ void more_tokens(const LinearRows& call, const Scales& from, LinearScratch& scra
   auto* y = static_cast<typename E::type*>(call.y) + row;
   for (int64_t m = 0, tokens; m < call.m; m += tokens) {
     tokens = evenly<T>(call.m - m);
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R * G; ++r) {
       float add = bias ? E::load(bias[row + r]) : 0.0f;
       for (int t = 0; t < tokens; ++t) {
-        y[(m + t) * rows + r] = E::store(Lanes::reduce(sums[m * R + r * tokens + t]) + add);
+        y[(m + t) * rows + r] = E::store(Lanes::reduce(sums[m * R * G + r * tokens + t]) + add);
       }
     }
   }
 }
 
-template <class Lanes, DType dtype, int R>
+template <class Lanes, DType dtype, int R, int G>
 void linear_row_group(const LinearRows& call, LinearScratch& scratch, int64_t row) {
-  int64_t blocks = call.weight->cols / call.weight->block_size;
-  Scales from = scales(call.weight->absmax, row * blocks, (row + R) * blocks - 1, call.weight->rows * blocks, scratch);
-  if (call.m <= Lanes::kFew) return few_tokens<Lanes, dtype, R>(call, from, row);
-  more_tokens<Lanes, dtype, R>(call, from, scratch, row);
+  const Weight4bit& weight = *call.weight;
+  const int64_t blocks = weight.cols / weight.block_size;
+  Scales from = scales(weight.absmax, row * blocks, (row + R * G) * blocks - 1, weight.rows * blocks, scratch);
+  if constexpr (G == 1) {
+    if (call.m <= Lanes::kFew) return few_tokens<Lanes, dtype, R>(call, from, row);
+  }
+  more_tokens<Lanes, dtype, R, G>(call, from, scratch, row);
 }
 
 template <class Lanes, DType dtype>
 void linear_rows(const LinearRows& call, LinearScratch& scratch, int64_t begin, int64_t end) {
-  constexpr int R = Lanes::kRows;
-  static_assert(R <= kLinearRows, "LinearScratch has room for kLinearRows");
-  for (; begin + R <= end; begin += R) linear_row_group<Lanes, dtype, R>(call, scratch, begin);
-  for (; begin < end; ++begin) linear_row_group<Lanes, dtype, 1>(call, scratch, begin);
+  constexpr int R = Lanes::kRows, G = kLinearRows / R;
+  static_assert(R <= kTileRows && G * R == kLinearRows, "LinearScratch has room for them");
+  if (call.m > kManyTokens) {
+    for (; begin + R * G <= end; begin += R * G) linear_row_group<Lanes, dtype, R, G>(call, scratch, begin);
+  }
+  for (; begin + R <= end; begin += R) linear_row_group<Lanes, dtype, R, 1>(call, scratch, begin);
+  for (; begin < end; ++begin) linear_row_group<Lanes, dtype, 1, 1>(call, scratch, begin);
 }
 
 // A step of x, one element after the other; `source` says which element belongs to lane j.

@@ -23,14 +23,18 @@ struct LinearRows {
   void* y;
   int block_shift;  // log2(block_size / 64)
 };
-constexpr int kLinearRows = 4;  // taken at a time
+// Rows taken at a time, at most. Where there are more tokens than kManyTokens, their x no longer stays in the cache by
+// itself, and more rows share a pass over it.
+constexpr int kTileRows = 4, kLinearRows = 16, kManyTokens = 32;
+constexpr int kLinearChunkBytes = 128 * 1024;  // of decoded weights at a time, at most
 
 // Of one thread.
 struct LinearScratch {
   float* values;       // absmax' of every code of some nested groups: 256 a group, group g in slot g & mask
-  int64_t mask;        // one more is a power of two, at least as many groups as kLinearRows rows touch, and one more
+  int64_t mask;        // one more is a power of two, at least as many groups as these rows touch, and one more
   int64_t next_group;  // those below are in there
-  void* sums;          // kLinearRows registers of 64 bytes a token
+  void* sums;          // a register of 64 bytes for every row and token
+  char* chunk;         // kLinearChunkBytes
 };
 
 // absmax of the blocks of a run: values[b], or under double quantization values[codes[b]], where `values` holds what the
