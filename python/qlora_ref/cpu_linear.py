@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 
 # Up to here the kernel wins over panels, measured. oneDNN has no fast float16 product on this CPU: there ours goes far.
-FUSED_TOKENS = {torch.bfloat16: 128, torch.float16: 512, torch.float32: 48}
+FUSED_TOKENS = {torch.bfloat16: 128, torch.float16: 512, torch.float32: 128}
 # Measured at 256 tokens with 2 threads, 4096 x 4096 to 14336 x 4096, LoRA forward and backward: panels of 32 or 64 MB
 # cost 1.06 to 1.16 of the same with a decoded weight, of 4 to 16 MB 1.07 to 1.19: each is two more waits of threads.
 # And 576 features at once, no multiple of oneDNN's blocks times threads, cost up to 1.34, where 512 cost 1.05.
