@@ -158,3 +158,42 @@ def test_default_meta_context_does_not_break_the_derivation():
     get_codebook.cache_clear()
     with torch.device("meta"):
         assert get_codebook("nf4").levels.device.type == "cpu"
+
+
+@pytest.mark.parametrize("needs_dx", [True, False])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_trainable_bias_gets_its_gradient(lora, needs_dx):
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 32)
+    layer = Linear4bit.from_linear(linear)
+    wrapped = LoRALinear(layer, 4, 8) if lora else layer
+    layer.bias.requires_grad_(True)
+    x, dy = torch.randn(3, 5, 64, requires_grad=needs_dx), torch.randint(-9, 9, (3, 5, 32)).float()
+    wrapped(x).backward(dy)
+    assert torch.equal(layer.bias.grad, dy.sum((0, 1)))  # whole numbers: exact in any order
+    assert (x.grad is not None) == needs_dx
+
+
+def test_the_same_bits_with_and_without_a_gradient():
+    """What nothing records goes past the dispatcher (ops.py), straight to the same kernel."""
+    torch.manual_seed(0)
+    layer = LoRALinear(Linear4bit.from_linear(nn.Linear(128, 32)), 4, 8)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(7, 128)
+    for module in (layer, layer.base_layer):
+        y = module(x.clone().requires_grad_())
+        assert y.requires_grad
+        with torch.no_grad():
+            assert_bits_equal(module(x), y.detach())
+        with torch.inference_mode():
+            assert_bits_equal(module(x), y.detach())
+
+
+def test_a_call_is_seen_by_those_who_record_it():
+    layer, x = Linear4bit.from_linear(nn.Linear(64, 32)), torch.randn(2, 64)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        layer(x)
+    assert any(event.key == "qlora_ref::linear_4bit" for event in profile.key_averages())
+    with torch.no_grad():
+        batched = torch.func.vmap(lambda row: layer(row[None]))(x)
+    assert batched.shape == (2, 1, 32)

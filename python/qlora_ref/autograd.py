@@ -22,7 +22,8 @@ def register(
 ) -> None:
     """For an op with one output of the dtype and device of its first argument, and of shape `output_shape(*args)`.
 
-    `save(ctx, args)` keeps what `backward(ctx, dy)` needs to give a gradient, or None, for every argument.
+    `save(ctx, args)` keeps what `backward(ctx, dy)` needs to give a gradient, or None, for every argument. An entry of
+    ctx.needs_input_grad is counted from the first argument; behind the last there is one more.
     """
 
     class Node(torch.autograd.Function):

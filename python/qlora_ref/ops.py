@@ -264,7 +264,7 @@ def _linear_backward(ctx, dy):
     dx = dbias = None
     if ctx.needs_input_grad[0]:
         dx = torch.ops.qlora_ref.linear_4bit_backward(dy, *ctx.saved_tensors, *ctx.spec, ctx.in_features)
-    if ctx.needs_input_grad[-1]:
+    if ctx.needs_input_grad[2 + _WEIGHT_ARGS]:
         dbias = dy.flatten(0, -2).sum(0)
     return dx, *[None] * _WEIGHT_ARGS, None, dbias
 

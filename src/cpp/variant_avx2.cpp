@@ -198,7 +198,7 @@ void dequantize(const uint8_t* packed, const BlockAbsmax& absmax, int64_t n, int
 
 // --- linear --------------------------------------------------------------------------------------------------------------
 
-#include "linear_tile.h"
+#include "linear_rows.h"
 
 // 8 float32 weights a register, as dwords of 8 nibbles, shifted by 4v.
 template <DType dtype>

@@ -326,7 +326,7 @@ double sum_of_positive(const float* x, int64_t n) {
 
 // --- linear --------------------------------------------------------------------------------------------------------------
 
-#include "linear_tile.h"
+#include "linear_rows.h"
 
 // 16 float32 weights a register, as dwords of 8 nibbles: lower half shifted by 8v, upper half by 8v + 4.
 template <DType dtype>

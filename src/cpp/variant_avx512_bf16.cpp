@@ -44,7 +44,7 @@ struct Decoder {
 
 // --- linear --------------------------------------------------------------------------------------------------------------
 
-#include "linear_tile.h"
+#include "linear_rows.h"
 
 // 128 weights a step, 32 a register, as words of 4 nibbles shifted by 4v. The words of the first 64 weights lie in the lower
 // half, those of the next 64 in the upper half; vpermw reads five index bits, so one register holds the tables of both

@@ -336,7 +336,7 @@ void double_quantize(const float* absmax, int64_t n, int64_t nested_block_size, 
 
 // --- linear --------------------------------------------------------------------------------------------------------------
 
-#include "linear_tile.h"
+#include "linear_rows.h"
 
 // A "register" of weights is two of 4 float32, added to the same sum.
 struct Eight {
