@@ -88,12 +88,21 @@ def test_doctor_survives_a_broken_native_module(monkeypatch):
 
 
 def test_readme_table_replaces_its_section_only(tmp_path):
-    """tools/readme_table.py: the table of one results folder, between its markers, twice the same."""
-    (tmp_path / "bench_cpu.md").write_text("| new |\n")
+    """tools/readme_table.py: the tables of one results folder, between their markers, twice the same."""
+    (tmp_path / "bench_cuda.md").write_text("| new |\n")
+    times = {"nested": 0.002, "bitsandbytes": 0.003, "bnb flat": 0.0025, "bf16": 0.004}
+    row = {"op": "linear", "shape": "8 x 64", "threads": 2, "tokens": 4, "times": times, "floor": 0.001}
+    step = {"op": "training step", "shape": "demo", "threads": 1, "tokens": None, "times": times, "floor": None}
+    about = dict.fromkeys(("CPU", "variant", "torch", "bitsandbytes", "date", "commit"), "?")
+    content = {"machine": about, "rows": [{**row, "op": "left out", "threads": 1}, row, step]}
+    (tmp_path / "bench_cpu.json").write_text(json.dumps(content))
     readme = tmp_path / "README.md"
     readme.write_text((ROOT / "README.md").read_text())
     for _ in range(2):
         subprocess.run([sys.executable, ROOT / "tools" / "readme_table.py", tmp_path, "--readme", readme], check=True)
     before, after = (ROOT / "README.md").read_text(), readme.read_text()
-    start, end = "<!-- bench:cpu -->\n", "<!-- /bench:cpu -->"
-    assert after == before[: before.index(start)] + start + "| new |\n" + before[before.index(end) :]
+    around = [
+        re.sub(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", r"\1\3", t, flags=re.S) for t in (before, after)
+    ]
+    assert around[0] == around[1] and "| new |" in after and "left out" not in after
+    assert "| linear | 8 x 64 | 4 | 2 | 1.25 | 2.00 | 0.50 |\n| training step | demo |  | 2 | 1.25 | 2.00 |  |" in after
