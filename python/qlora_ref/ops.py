@@ -296,7 +296,7 @@ autograd.register(_lib, _ops.lora_linear_4bit.default, _output_shape, _save_lora
 _native: dict[tuple[str, str], Callable[..., Any]] = {}  # by name of the op and type of the device
 
 
-def _direct(name: str) -> Callable[..., torch.Tensor]:
+def _direct(name: str) -> Callable[..., Any]:
     """The op, past the dispatcher where it would only pass the call on: a third of the time of a small layer.
 
     Decoding one token is hundreds of such calls, and the caches are full of weights when the next one comes.
@@ -307,7 +307,8 @@ def _direct(name: str) -> Callable[..., torch.Tensor]:
         if torch.compiler.is_compiling():
             return op(x, *args)
         kernel = _native.get((name, x.device.type))
-        if kernel is None or not (autograd.is_plain(x) and autograd.is_plain(args[0])) or _is_recorded(x, args):
+        second = not isinstance(args[0], torch.Tensor) or autograd.is_plain(args[0])
+        if kernel is None or not (autograd.is_plain(x) and second) or _is_recorded(x, args):
             return op(x, *args)
         return kernel(x, *args)
 
@@ -321,6 +322,9 @@ def _is_recorded(x, args) -> bool:
 
 
 linear_4bit, lora_linear_4bit = _direct("linear_4bit"), _direct("lora_linear_4bit")
+quantize_4bit, quantize_4bit_mean = _direct("quantize_4bit"), _direct("quantize_4bit_mean")
+double_quantize = _direct("double_quantize")
+dequantize_4bit, dequantize_4bit_out = _direct("dequantize_4bit"), _direct("dequantize_4bit_out")
 
 
 # --- native backends: names of data types become tables, then straight to the kernel ------------------------------

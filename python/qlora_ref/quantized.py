@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import ops  # noqa: F401  (registers torch.ops.qlora_ref)
+from . import ops
 from .reference.blockwise import check_block_size, check_weight
 from .reference.codebook import get_codebook
 from .reference.double_quant import check_double_quant, get_map8
@@ -74,10 +74,10 @@ class QuantizedTensor:
         if absmax_mean is not None:
             return cls._quantize_with_mean(x, config, absmax_mean)
         if not config.double_quant:
-            packed, absmax = torch.ops.qlora_ref.quantize_4bit(x, config.quant_type, config.block_size)
+            packed, absmax = ops.quantize_4bit(x, config.quant_type, config.block_size)
             return cls(packed, absmax, None, None, config, x.shape, x.dtype)
-        packed, absmax, mean = torch.ops.qlora_ref.quantize_4bit_mean(x, config.quant_type, config.block_size)
-        codes, nested = torch.ops.qlora_ref.double_quantize(absmax, mean, config.map8, config.nested_block_size)
+        packed, absmax, mean = ops.quantize_4bit_mean(x, config.quant_type, config.block_size)
+        codes, nested = ops.double_quantize(absmax, mean, config.map8, config.nested_block_size)
         return cls(packed, codes, nested, mean, config, x.shape, x.dtype)
 
     @classmethod
@@ -110,13 +110,13 @@ class QuantizedTensor:
         else is allocated. ValueError or TypeError, in a sentence, for any that cannot be written.
         """
         if out is None:
-            return torch.ops.qlora_ref.dequantize_4bit(*self.op_args(), self.shape, dtype or self.dtype)
+            return ops.dequantize_4bit(*self.op_args(), self.shape, dtype or self.dtype)
         if out.shape != self.shape or out.dtype != (dtype or out.dtype) or out.device != self.packed.device:
             wanted = f"{tuple(self.shape)} {dtype or out.dtype} on {self.packed.device}"
             raise ValueError(f"out is {tuple(out.shape)} {out.dtype} on {out.device}; it must be {wanted}")
         if out.requires_grad and torch.is_grad_enabled():
             raise ValueError("out requires grad, which writing would break; call under torch.no_grad()")
-        torch.ops.qlora_ref.dequantize_4bit_out(*self.op_args(), out)
+        ops.dequantize_4bit_out(*self.op_args(), out)
         return out
 
     def absmax_f32(self) -> torch.Tensor:
