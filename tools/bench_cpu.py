@@ -169,20 +169,20 @@ def bench_linear(rows: list[Row], machine: Machine, shape, tokens_list, bnb, thr
     n = weight.numel()
     linear = nn.Linear(shape[1], shape[0], bias=False, dtype=BF16)
     linear.weight.data = weight
-    layers = {
-        "nested": Linear4bit.from_linear(linear, NESTED),
-        "flat": Linear4bit.from_linear(linear, FLAT),
-        "bf16": linear,
+    make = {  # each layer as a model's is made, not copied
+        "nested": lambda: Linear4bit.from_linear(linear, NESTED),
+        "flat": lambda: Linear4bit.from_linear(linear, FLAT),
+        "bf16": lambda: copy.deepcopy(linear),
     }
     if bnb:
-        layers["bitsandbytes"] = bnb_linear(bnb, weight, nested=True).eval()
-        layers["bnb flat"] = bnb_linear(bnb, weight, nested=False).eval()
+        make["bitsandbytes"] = lambda: bnb_linear(bnb, weight, nested=True).eval()
+        make["bnb flat"] = lambda: bnb_linear(bnb, weight, nested=False).eval()
     copies = max(2, -(-2 * last_level_cache() // (n // 2)))
     items = {}
     with torch.no_grad():
-        for key, layer in layers.items():
+        for key, layer in make.items():
             many = copies if key != "bf16" else max(2, -(-2 * last_level_cache() // (2 * n)))
-            items[key] = [layer] + [copy.deepcopy(layer) for _ in range(many - 1)]
+            items[key] = [layer() for _ in range(many)]
             for each in items[key]:
                 each(torch.zeros(1, shape[1], dtype=BF16))  # bitsandbytes repacks its weight at the first call
         for m in tokens_list:

@@ -97,6 +97,9 @@ class Backend:
     def _call(self, function, device: torch.device, *args) -> Any:
         raise NotImplementedError
 
+    def _empty_packed(self, n: int, device: torch.device) -> torch.Tensor:
+        return torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)
+
     def _map_address(self, map8: Map8, device: torch.device) -> int:
         """Where the 256 levels of `map8` lie on `device`."""
         return map8.levels.data_ptr()
@@ -115,7 +118,7 @@ class Backend:
         check_block_size(block_size)
         x = _check_float("x", x)
         device, n = self._check_device(x.device), x.numel()
-        packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)
+        packed = self._empty_packed(n, device)
         absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=device)
         self._call(
             self._c.quantize_4bit,
@@ -166,7 +169,7 @@ class Backend:
         device, n = self._check_device(x.device), x.numel()
         mean = _check("mean", mean, torch.float32, 1, device)
         n_blocks = -(-n // block_size)
-        packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)
+        packed = self._empty_packed(n, device)
         codes = torch.empty(n_blocks, dtype=torch.uint8, device=device)
         nested_absmax = torch.empty(-(-n_blocks // nested_block_size), dtype=torch.float32, device=device)
         self._call(
@@ -405,6 +408,9 @@ class Backend:
         return self._moment_tables[device]
 
 
+_HUGE_PAGE = 2 * 2**20
+
+
 class CpuBackend(CpuLinear, Backend):
     """On torch's number of threads (torch.set_num_threads); the linear layer as cpu_linear.py divides it."""
 
@@ -422,7 +428,7 @@ class CpuBackend(CpuLinear, Backend):
         check_block_size(block_size)
         x = _check_float("x", x)
         device, n = self._check_device(x.device), x.numel()
-        packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)
+        packed = self._empty_packed(n, device)
         absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=device)
         mean = torch.empty(1, dtype=torch.float32, device=device)
         certain = self._call(
@@ -432,6 +438,13 @@ class CpuBackend(CpuLinear, Backend):
             *(packed.data_ptr(), absmax.data_ptr(), mean.data_ptr()),
         )
         return packed, absmax, mean, certain
+
+    def _empty_packed(self, n, device):
+        """In pages of 2 MB where the system gives them: a weight stays, and is read from end to end at every token."""
+        packed = super()._empty_packed(n, device)
+        if packed.numel() >= 2 * _HUGE_PAGE:
+            self._c.advise_huge_pages(packed.data_ptr(), packed.numel())
+        return packed
 
     # what cpu_linear.py needs of the module
     def _can_fuse(self, dtype, in_features, block_size) -> bool:

@@ -133,6 +133,7 @@ void bind_cpu(py::module_ m) {
           linear_4bit_forward(pointer<void>(x), DType(dtype), tokens, w.weight, w.codebook, pointer<void>(bias),
                               pointer<void>(y));
         });
+  m.def("advise_huge_pages", [](Address memory, int64_t bytes) { advise_huge_pages(pointer<void>(memory), bytes); });
   m.def("can_linear_4bit_forward", [](int dtype, int64_t cols, int64_t block_size) {
     return can_linear_4bit_forward(DType(dtype), cols, block_size);
   });

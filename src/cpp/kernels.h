@@ -56,6 +56,11 @@ void adamw(const AdamWPiece* pieces, int64_t count, DType dtype, const AdamWScal
 void adamw_8bit(const AdamW8bitPiece* pieces, int64_t count, DType dtype, const AdamWScalars& scalars,
                 const Map8* maps);
 
+// --- memory -------------------------------------------------------------------------------------------------------
+
+// Ask for pages of 2 MB, before the memory is first written. Only whole pages inside are meant.
+void advise_huge_pages(void* memory, int64_t bytes);
+
 // --- threads ------------------------------------------------------------------------------------------------------
 
 // How many threads the calls made from this thread may use (native.py passes torch.get_num_threads()).
