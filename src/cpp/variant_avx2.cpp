@@ -52,45 +52,36 @@ bool contains(const typename Element<dtype>::type* x, int64_t size, float value)
   return false;
 }
 
+#include "quantize_tile.h"
+
 template <DType dtype>
 void quantize(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed, float* absmax) {
-  auto* x = static_cast<const typename Element<dtype>::type*>(x_);
+  using T = typename Element<dtype>::type;
+  auto* x = static_cast<const T*>(x_);
   const __m256i code_of = _mm256_broadcastsi128_si256(load_bytes16(codebook.order));
-  for (; n >= block_size; n -= block_size, x += block_size, packed += block_size / 2, ++absmax) {
-    uint32_t largest = largest_magnitude<dtype>(x, block_size);
-    float scale = largest >= kInfinityBits ? kNaN : bits_to_float(largest);
-    if (scale < kSmallestNormal) {
-      *absmax = 0.0f;
-      memset(packed, codebook.zero_code * 0x11, size_t(block_size / 2));
-      continue;
-    }
-    if (scale > kLargestInvertible) {
-      scalar_variant.quantize[int(dtype)](x, block_size, block_size, codebook, packed, absmax);
-      continue;
-    }
-    if (codebook.signed_absmax && largest < kInfinityBits && !contains<dtype>(x, block_size, scale)) scale = -scale;
-    *absmax = scale;
-    const __m256 inverse = _mm256_set1_ps(1.0f / scale);
-    for (int64_t i = 0; i < block_size; i += 8) {
-      __m256 s = _mm256_mul_ps(load8<dtype>(x + i), inverse);
-      __m256i count = _mm256_setzero_si256();
+  quantize_each_block<dtype>(
+      x, n, block_size, codebook, packed, absmax,
+      [&](const T* x, float inverse, uint8_t* packed) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < block_size; i += 8) {
+          __m256 s = _mm256_mul_ps(load8<dtype>(x + i), _mm256_set1_ps(inverse));
+          __m256i count = _mm256_setzero_si256();
 #pragma GCC unroll 15
-      for (int t = 0; t < 15; ++t) {
-        __m256 above = _mm256_cmp_ps(_mm256_set1_ps(codebook.thresholds[t]), s, _CMP_LT_OQ);
-        count = _mm256_sub_epi32(count, _mm256_castps_si256(above));
-      }
-      __m256i code = _mm256_shuffle_epi8(code_of, count);  // in the low byte of a dword
-      // even elements to the high nibble: byte 0 of each qword = code0 << 4 | code1
-      __m256i pair = _mm256_or_si256(_mm256_slli_epi64(_mm256_and_si256(code, _mm256_set1_epi64x(15)), 4),
-                                     _mm256_and_si256(_mm256_srli_epi64(code, 32), _mm256_set1_epi64x(15)));
-      const __m256i gather = _mm256_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
-                                              -1, -1, 0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
-      __m256i bytes = _mm256_shuffle_epi8(pair, gather);
-      int32_t four = _mm_cvtsi128_si32(_mm_or_si128(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
-      memcpy(packed + i / 2, &four, 4);
-    }
-  }
-  if (n) scalar_variant.quantize[int(dtype)](x, n, block_size, codebook, packed, absmax);
+          for (int t = 0; t < 15; ++t) {
+            __m256 above = _mm256_cmp_ps(_mm256_set1_ps(codebook.thresholds[t]), s, _CMP_LT_OQ);
+            count = _mm256_sub_epi32(count, _mm256_castps_si256(above));
+          }
+          __m256i code = _mm256_shuffle_epi8(code_of, count);  // in the low byte of a dword
+          // even elements to the high nibble: byte 0 of each qword = code0 << 4 | code1
+          __m256i pair = _mm256_or_si256(_mm256_slli_epi64(_mm256_and_si256(code, _mm256_set1_epi64x(15)), 4),
+                                         _mm256_and_si256(_mm256_srli_epi64(code, 32), _mm256_set1_epi64x(15)));
+          const __m256i gather = _mm256_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                                  -1, -1, 0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+          __m256i bytes = _mm256_shuffle_epi8(pair, gather);
+          int32_t four =
+              _mm_cvtsi128_si32(_mm_or_si128(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+          memcpy(packed + i / 2, &four, 4);
+        }
+      });
 }
 
 // --- dequantize --------------------------------------------------------------------------------------------------------

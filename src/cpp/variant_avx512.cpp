@@ -147,6 +147,8 @@ struct Bisection {
   }
 };
 
+#include "quantize_tile.h"
+
 template <DType dtype, bool in_value_order, class Count>
 void quantize_blocks(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
                      float* absmax, const Count& count_below_all) {
@@ -155,34 +157,21 @@ void quantize_blocks(const void* x_, int64_t n, int64_t block_size, const Codebo
   alignas(64) int32_t order[16];
   for (int i = 0; i < 16; ++i) order[i] = codebook.order[i];
   const __m512i code_of = _mm512_load_si512(order);
-  for (; n >= block_size; n -= block_size, x += block_size, packed += block_size / 2, ++absmax) {
-    uint32_t largest = largest_magnitude<dtype>(x, block_size);
-    float scale = largest >= kInfinityBits ? kNaN : bits_to_float(largest);
-    if (scale < kSmallestNormal) {
-      *absmax = 0.0f;
-      memset(packed, codebook.zero_code * 0x11, size_t(block_size / 2));
-      continue;
-    }
-    if (scale > kLargestInvertible) {
-      scalar_variant.quantize[int(dtype)](x, block_size, block_size, codebook, packed, absmax);
-      continue;
-    }
-    if (codebook.signed_absmax && largest < kInfinityBits && !contains<dtype>(x, block_size, scale)) scale = -scale;
-    *absmax = scale;
-    const __m512 inverse = _mm512_set1_ps(1.0f / scale);
-    for (int64_t i = 0; i < block_size; i += 32) {
-      Pair pair = load_pair<dtype>(x + i);
-      __m512i even = count_below_all(_mm512_mul_ps(pair.even, inverse));
-      __m512i odd = count_below_all(_mm512_mul_ps(pair.odd, inverse));
-      if (!in_value_order) {
-        even = _mm512_permutexvar_epi32(even, code_of);
-        odd = _mm512_permutexvar_epi32(odd, code_of);
-      }
-      __m512i bytes = _mm512_or_si512(_mm512_slli_epi32(even, 4), odd);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(packed + i / 2), _mm512_cvtepi32_epi8(bytes));
-    }
-  }
-  if (n) scalar_variant.quantize[int(dtype)](x, n, block_size, codebook, packed, absmax);
+  quantize_each_block<dtype>(x, n, block_size, codebook, packed, absmax,
+                             [&](const T* x, float inverse, uint8_t* packed) __attribute__((always_inline)) {
+                               for (int64_t i = 0; i < block_size; i += 32) {
+                                 Pair pair = load_pair<dtype>(x + i);
+                                 __m512i even = count_below_all(_mm512_mul_ps(pair.even, _mm512_set1_ps(inverse)));
+                                 __m512i odd = count_below_all(_mm512_mul_ps(pair.odd, _mm512_set1_ps(inverse)));
+                                 if (!in_value_order) {
+                                   even = _mm512_permutexvar_epi32(even, code_of);
+                                   odd = _mm512_permutexvar_epi32(odd, code_of);
+                                 }
+                                 __m512i bytes = _mm512_or_si512(_mm512_slli_epi32(even, 4), odd);
+                                 _mm_storeu_si128(reinterpret_cast<__m128i*>(packed + i / 2),
+                                                  _mm512_cvtepi32_epi8(bytes));
+                               }
+                             });
 }
 
 template <DType dtype>

@@ -173,33 +173,23 @@ struct Bisection {
   }
 };
 
+#include "quantize_tile.h"
+
 template <DType dtype, class Count>
 void quantize_blocks(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
                      float* absmax, const Count& count_below_all) {
-  auto* x = static_cast<const typename Element<dtype>::type*>(x_);
+  using T = typename Element<dtype>::type;
+  auto* x = static_cast<const T*>(x_);
   const uint8x16_t code_of = vld1q_u8(codebook.order);
-  for (; n >= block_size; n -= block_size, x += block_size, packed += block_size / 2, ++absmax) {
-    uint32_t largest = largest_magnitude<dtype>(x, block_size);
-    float scale = largest >= kInfinityBits ? kNaN : bits_to_float(largest);
-    if (scale < kSmallestNormal) {
-      *absmax = 0.0f;
-      memset(packed, codebook.zero_code * 0x11, size_t(block_size / 2));
-      continue;
-    }
-    if (scale > kLargestInvertible) {
-      scalar_variant.quantize[int(dtype)](x, block_size, block_size, codebook, packed, absmax);
-      continue;
-    }
-    if (codebook.signed_absmax && largest < kInfinityBits && !contains<dtype>(x, block_size, scale)) scale = -scale;
-    *absmax = scale;
-    const float inverse = 1.0f / scale;
-    for (int64_t i = 0; i < block_size; i += 32) {
-      uint8x16_t a = vqtbl1q_u8(code_of, count_below_all(times(load16_as_float<dtype>(x + i), inverse)));
-      uint8x16_t b = vqtbl1q_u8(code_of, count_below_all(times(load16_as_float<dtype>(x + i + 16), inverse)));
-      vst1q_u8(packed + i / 2, vsliq_n_u8(vuzp2q_u8(a, b), vuzp1q_u8(a, b), 4));  // even elements above odd ones
-    }
-  }
-  if (n) scalar_variant.quantize[int(dtype)](x, n, block_size, codebook, packed, absmax);
+  quantize_each_block<dtype>(
+      x, n, block_size, codebook, packed, absmax,
+      [&](const T* x, float inverse, uint8_t* packed) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < block_size; i += 32) {
+          uint8x16_t a = vqtbl1q_u8(code_of, count_below_all(times(load16_as_float<dtype>(x + i), inverse)));
+          uint8x16_t b = vqtbl1q_u8(code_of, count_below_all(times(load16_as_float<dtype>(x + i + 16), inverse)));
+          vst1q_u8(packed + i / 2, vsliq_n_u8(vuzp2q_u8(a, b), vuzp1q_u8(a, b), 4));  // even elements above odd ones
+        }
+      });
 }
 
 template <DType dtype>
