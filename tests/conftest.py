@@ -71,6 +71,15 @@ def data_dir() -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For models smaller than a thread's start: two threads waiting for each other are what takes the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def float32_reductions(request):
     """On a card torch lets cuBLAS round partial sums of a split k to 16 bits; the tests' bounds are for float32."""

@@ -22,15 +22,6 @@ from transformers.utils import logging
 logging.disable_progress_bar()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are smaller than a thread's start; two threads waiting for each other are what takes the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 IDS = torch.arange(3, 23)[None]  # (1, 20) token ids that every vocabulary here has
 
 

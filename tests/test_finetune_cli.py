@@ -12,15 +12,7 @@ from qlora_ref.finetune import flags, recipe, train_cli
 from qlora_ref.finetune.config import FIELDS, TrainConfig, check, dump_yaml, from_dict, load_yaml
 
 pytest.importorskip("transformers", reason="transformers is not installed")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny products: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def parse(*argv: str) -> TrainConfig:
@@ -254,7 +246,6 @@ def test_the_command_trains_and_reports(good, tmp_path, capsys):
 
 
 def test_out_of_memory_names_three_flags(good, capsys, monkeypatch):
-    import torch
 
     from qlora_ref.finetune.loop import Trainer
 

@@ -16,17 +16,8 @@ from qlora_ref.finetune.loading import load_base, load_tokenizer
 from qlora_ref.finetune.peft_io import WEIGHTS
 
 pytest.importorskip("transformers", reason="transformers is not installed")
-pytestmark = pytest.mark.hf
+pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
 IDS = torch.tensor([[1, 50, 60, 70, 80, 90]])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny products: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

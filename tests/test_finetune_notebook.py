@@ -4,19 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
-pytestmark = pytest.mark.hf
+pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
 NOTEBOOK = Path(__file__).resolve().parents[1] / "docs" / "examples" / "qlora_ref.ipynb"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_every_cell_runs(tmp_path, monkeypatch, capsys):

@@ -19,17 +19,8 @@ from qlora_ref.finetune.formats import Message
 from qlora_ref.finetune.prompts import render
 
 pytest.importorskip("transformers", reason="transformers is not installed")
-pytestmark = pytest.mark.hf
+pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
 STORY = "Once upon a time"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny products: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

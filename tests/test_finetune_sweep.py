@@ -13,15 +13,7 @@ from qlora_ref.finetune import sweep, sweep_cli
 from qlora_ref.finetune.statistics import compare
 
 pytest.importorskip("transformers", reason="transformers is not installed")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny products: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -21,16 +21,8 @@ from qlora_ref.finetune.loop import TrainingStopped, learning_rate
 from qlora_ref.finetune.peft_io import WEIGHTS, AdapterError, attach_adapter, read_adapter
 
 pytest.importorskip("transformers", reason="transformers is not installed")
-pytestmark = pytest.mark.hf
+pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

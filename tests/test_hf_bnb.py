@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hf_models import IDS, gpt2, llama, one_thread, saved  # noqa: F401
+from hf_models import IDS, gpt2, llama, saved
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -22,7 +22,7 @@ from qlora_ref.hf.bnb_format import BnbState, from_stats, to_stats
 from qlora_ref.nn import Linear4bit
 from qlora_ref.quantized import QuantConfig, QuantizedTensor
 
-pytestmark = [pytest.mark.hf, pytest.mark.bnb]
+pytestmark = [pytest.mark.hf, pytest.mark.bnb, pytest.mark.usefixtures("one_thread")]
 KINDS = [(t, n) for t in ("nf4", "fp4") for n in (False, True)]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_models import IDS, gpt2, llama, one_thread, saved  # noqa: F401
+from hf_models import IDS, gpt2, llama, saved
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'qlora_ref[hf]')")
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
@@ -19,7 +19,7 @@ from qlora_ref.hf.lora import Lora4bit
 from qlora_ref.hf.peft import SIDE_FILE
 from qlora_ref.nn import Linear4bit
 
-pytestmark = pytest.mark.hf
+pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
 RANK = 4
 
 

@@ -15,12 +15,12 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from hf_models import IDS, gpt2, llama, mixtral, one_thread, saved, t5  # noqa: F401
+from hf_models import IDS, gpt2, llama, mixtral, saved, t5
 from qlora_ref.hf import QLoraConfig, QLoraQuantizer
 from qlora_ref.nn import Linear4bit
 from qlora_ref.quantized import QuantConfig, QuantizedTensor
 
-pytestmark = pytest.mark.hf
+pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
 
 
 def layers(model) -> dict[str, Linear4bit]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_models import IDS, llama, one_thread, saved, t5, tokenizer  # noqa: F401
+from hf_models import IDS, llama, saved, t5, tokenizer
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'qlora_ref[hf]')")
 pytest.importorskip("accelerate", reason="accelerate is not installed (pip install 'qlora_ref[hf]')")
@@ -22,7 +22,7 @@ from qlora_ref import hf
 from qlora_ref.hf.loss import chunked_cross_entropy
 from qlora_ref.optim import PagedAdamW
 
-pytestmark = pytest.mark.hf
+pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")
