@@ -1,4 +1,4 @@
-"""Builds the CUDA sources for the CPU through tests/cuda_emulator.h and wraps them as a backend of native.py."""
+"""Builds the CUDA sources for the CPU through tests/cuda_emulator.h and wraps them as a backend."""
 
 import ctypes
 import shutil
@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-from qlora_ref import native
+from qlora_ref.backend import Backend
 from qlora_ref.cuda_linear import CudaLinear, Scratch
 from qlora_ref.reference.codebook import get_codebook
 from qlora_ref.reference.double_quant import get_map8
@@ -57,8 +57,8 @@ def launchers() -> SimpleNamespace:
     return SimpleNamespace(**functions)
 
 
-class EmulatedBackend(native.Backend):
-    """The CUDA launchers on CPU tensors: every check of native.py, then the emulated kernel."""
+class EmulatedBackend(Backend):
+    """The CUDA launchers on CPU tensors: every check of backend.py, then the emulated kernel."""
 
     device_type = "cpu"
 
@@ -67,14 +67,14 @@ class EmulatedBackend(native.Backend):
 
 
 class EmulatedCudaBackend(CudaLinear, EmulatedBackend):
-    """As native.CudaBackend: the division of the linear layer on top."""
+    """As backend.CudaBackend: the division of the linear layer on top."""
 
     def __init__(self, module):
         super().__init__(module)
         self.scratch = Scratch()
 
 
-def run(backend: native.Backend, op: str, arguments: tuple):
+def run(backend: Backend, op: str, arguments: tuple):
     """An op of ops.py, computed by `backend` (what ops._register_native does)."""
     arguments = list(arguments)
     if op in ("quantize_4bit", "quantize_4bit_mean"):

@@ -12,6 +12,7 @@ import torch
 
 from conftest import ROOT
 from qlora_ref import native, optim_ops
+from qlora_ref.backend import Backend
 from qlora_ref.reference import adamw as ref
 from qlora_ref.reference.adamw import AdamWScalars, adamw_step, adamw_step_8bit, decode_moments, encode_moments
 from qlora_ref.reference.double_quant import get_map8
@@ -196,7 +197,7 @@ def test_non_finite_moments_stay_visible():
 # --------------------------------------------------------------------------------------------------
 
 
-class Emulated(native.Backend):
+class Emulated(Backend):
     """src/cuda/adamw.cu on CPU tensors, through tests/cuda_emulator.h. Not a GPU run."""
 
     device_type = "cpu"

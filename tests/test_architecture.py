@@ -13,13 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "qlora_ref"
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "trl", "tokenizers", "safetensors", "bitsandbytes"}
 MAY_IMPORT_HF = ("hf", "finetune", "evaluation", "memory", "compat", "data", "quantize_cli.py", "doctor.py")
-CORE = ("reference", "native.py", "ops.py", "quantized.py", "nn.py", "optim.py")
+CORE = ("reference", "backend.py", "native.py", "ops.py", "quantized.py", "nn.py", "optim.py")
 # room -> rooms of ours it may import (besides itself); the arrows of the architecture page
 ALLOWED = {
     "reference": set(),
     "source_hash.py": set(),
-    "native.py": {"reference", "source_hash.py", "cpu_linear.py", "cuda_linear.py", "_C"},
-    "ops.py": {"reference", "native.py", "autograd.py"},
+    "backend.py": {"reference", "cpu_linear.py", "cuda_linear.py"},
+    "native.py": {"backend.py", "source_hash.py", "cuda_linear.py", "_C"},
+    "ops.py": {"reference", "backend.py", "native.py", "autograd.py"},
     "autograd.py": set(),
     "cpu_linear.py": set(),
     "cuda_linear.py": set(),

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from qlora_ref import native
-from qlora_ref.native import _table
+from qlora_ref.backend import _table
 from qlora_ref.reference.blockwise import dequantize_blockwise
 from qlora_ref.reference.codebook import NAMES, get_codebook
 from qlora_ref.reference.double_quant import get_map8

@@ -29,7 +29,7 @@ PANEL_STEP = 256  # panels are multiples of this many features
 
 
 class CpuLinear:
-    """Mixed into native.CpuBackend, in front of Backend. Arguments as in native.Backend."""
+    """Mixed into backend.CpuBackend, in front of Backend. Arguments as in backend.Backend."""
 
     _local = threading.local()
     _can_fuse: Callable[..., bool]

@@ -21,6 +21,7 @@ import torch
 from torch.nn.functional import linear
 
 from . import autograd, native
+from .backend import check_decoded_dtype, row_stride
 from .reference import blockwise, double_quant
 from .reference.codebook import get_codebook
 from .reference.double_quant import get_map8
@@ -113,8 +114,8 @@ def _floats(stored):
 
 def _dequantize_4bit_out(*args):
     *weight, out = args
-    native.check_decoded_dtype(out.dtype)  # refuse what the kernels refuse
-    native.row_stride(out, out.shape, out.dtype, weight[0].device)
+    check_decoded_dtype(out.dtype)  # refuse what the kernels refuse
+    row_stride(out, out.shape, out.dtype, weight[0].device)
     _count_writing(out)
     out.copy_(_dequantize_4bit(*weight, out.shape, out.dtype))
 

@@ -1,4 +1,4 @@
-// Module _C: the functions of kernels.h for native.py, which is their only caller and makes every check.
+// Module _C: the functions of kernels.h for native.py, their only importer; backend.py calls them and makes every check.
 // Tensors arrive as addresses (0 for none), tables as the bytes of their struct, dtypes as the DType integer.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -21,7 +21,7 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// A struct out of the bytes native.py built with the same layout.
+// A struct out of the bytes backend.py built with the same layout.
 template <class Table>
 Table table(const py::bytes& bytes) {
   char* data;
@@ -29,14 +29,14 @@ Table table(const py::bytes& bytes) {
   if (PyBytes_AsStringAndSize(bytes.ptr(), &data, &size) != 0) throw py::error_already_set();
   if (size != Py_ssize_t(sizeof(Table))) {
     throw std::invalid_argument("a table of " + std::to_string(size) + " bytes where the binary expects " +
-                                std::to_string(sizeof(Table)) + ": native.py and _C do not belong together, rebuild");
+                                std::to_string(sizeof(Table)) + ": backend.py and _C do not belong together, rebuild");
   }
   Table result;
   std::memcpy(&result, data, sizeof result);
   return result;
 }
 
-// The weight's arguments, in the order of native.py's Weight tuple.
+// The weight's arguments, in the order of backend.py's Weight tuple.
 struct Weight {
   Codebook codebook;
   Weight4bit weight;
@@ -60,7 +60,7 @@ Weight make_weight(Address packed, Address absmax, Address codes, Address nested
 #define WEIGHT \
   make_weight(packed, absmax, codes, nested_absmax, mean, map, nested_block_size, rows, cols, block_size, codebook)
 
-// AdamW's runs of elements: an array of structs out of the bytes native.py packed.
+// AdamW's runs of elements: an array of structs out of the bytes backend.py packed.
 template <class Piece>
 std::vector<Piece> pieces(const py::bytes& bytes) {
   const std::string_view view = bytes;
