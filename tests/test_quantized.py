@@ -114,3 +114,15 @@ def test_out_on_meta_and_in_a_compiled_function():
     compiled = torch.compile(decode, backend="aot_eager", fullgraph=True)
     assert_bits_equal(compiled(out), q.dequantize() + 1)
     assert_bits_equal(out, q.dequantize())
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_weight_in_large_pages_has_the_same_bits(double_quant):
+    """From 4 MB of codes on the memory is asked for in pages of 2 MB (backend.py): cut in two, it is below that."""
+    config = QuantConfig(double_quant=double_quant)
+    x = torch.randn(2, 2048 * 4096 // 2, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    whole = QuantizedTensor.quantize(x, config)
+    halves = [QuantizedTensor.quantize(half, config, absmax_mean=whole.absmax_mean) for half in x]
+    assert whole.packed.numel() == 4 * 2**20
+    assert_bits_equal(whole.packed, torch.cat([half.packed for half in halves]))
+    assert_bits_equal(whole.dequantize(), torch.stack([half.dequantize() for half in halves]))

@@ -298,7 +298,7 @@ _native: dict[tuple[str, str], Callable[..., Any]] = {}  # by name of the op and
 
 
 def _direct(name: str) -> Callable[..., Any]:
-    """The op, past the dispatcher where it would only pass the call on: a third of the time of a small layer.
+    """The op, past the dispatcher where it would only pass the call on.
 
     Decoding one token is hundreds of such calls, and the caches are full of weights when the next one comes.
     """

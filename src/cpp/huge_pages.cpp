@@ -1,5 +1,4 @@
-// Large pages for memory that is read from end to end: 30 MB of weights are 7500 pages of 4 KB, and looking each of them
-// up costs a tenth of the time of one token. An advice: where the system has none to give, nothing changes.
+// Large pages for memory that is read from end to end: 30 MB of weights are 7500 pages of 4 KB, each to be looked up. An advice: where the system has none to give, nothing changes.
 #include "kernels.h"
 
 #ifdef __linux__
