@@ -10,8 +10,8 @@ Both use the bit-same W'. A panel is a slice of whole output features of y, or o
 output is one inner product, rounded once, exactly as in one big product.
 
 LoRA adds thin products, with one side of `rank`. They are not folded into the large one as on the GPU: the product
-[x | s] [W' | B]^T needs a copy of x, which costs what it saves (five shapes measured). oneDNN and MKL like the
-thin ones best with the rank as rows: u^T = A x^T, (rank, tokens), is up to 1.7 times faster than u = x A^T.
+[x | s] [W' | B]^T needs a copy of x. oneDNN and MKL like the thin ones best with the rank as rows: u^T = A x^T,
+(rank, tokens).
 """
 
 import threading
@@ -19,11 +19,10 @@ from collections.abc import Callable
 
 import torch
 
-# Up to here the kernel wins over panels, measured. oneDNN has no fast float16 product on this CPU: there ours goes far.
+# Up to here the kernel wins over panels. oneDNN has no fast float16 product on the CPU it was tried on: there ours goes far.
 FUSED_TOKENS = {torch.bfloat16: 128, torch.float16: 512, torch.float32: 128}
-# Measured at 256 tokens with 2 threads, 4096 x 4096 to 14336 x 4096, LoRA forward and backward: panels of 32 or 64 MB
-# cost 1.06 to 1.16 of the same with a decoded weight, of 4 to 16 MB 1.07 to 1.19: each is two more waits of threads.
-# And 576 features at once, no multiple of oneDNN's blocks times threads, cost up to 1.34, where 512 cost 1.05.
+# Each panel is two more waits of threads, so few large ones; and multiples of 256 features, because oneDNN is slow where
+# a size is no multiple of its blocks times threads. `python tools/bench.py --device cpu` measures both (256 tokens).
 PANEL_BYTES = 32 * 2**20
 PANEL_STEP = 256  # panels are multiples of this many features
 
