@@ -19,10 +19,10 @@ from collections.abc import Callable
 
 import torch
 
-# Up to here the kernel wins over panels. oneDNN has no fast float16 product on the CPU it was tried on: there ours goes far.
+# Up to here the kernel wins over panels. oneDNN has no fast float16 product on the CPU it was tried on.
 FUSED_TOKENS = {torch.bfloat16: 128, torch.float16: 512, torch.float32: 128}
-# Each panel is two more waits of threads, so few large ones; and multiples of 256 features, because oneDNN is slow where
-# a size is no multiple of its blocks times threads. `python tools/bench.py --device cpu` measures both (256 tokens).
+# Each panel is two more waits of threads, so few large ones; multiples of 256 features, because oneDNN is slow where
+# a size is no multiple of its blocks times threads. Tried by hand; tools/bench_cpu.py shows what they give.
 PANEL_BYTES = 32 * 2**20
 PANEL_STEP = 256  # panels are multiples of this many features
 
