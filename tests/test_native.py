@@ -176,6 +176,22 @@ def test_linear_kernel_sees_the_same_weight_as_dequantize(variant, name):
             assert_bits_equal(y, (tokens.to(dtype) @ want.T), f"{variant} {name} {dtype} {len(tokens)} tokens")
 
 
+@pytest.mark.parametrize("cols", [192, 320, 256])
+def test_linear_kernel_crosses_nested_groups_where_dequantize_does(variant, cols):
+    """With an odd number of blocks a row, two blocks that are decoded at once can lie in two nested groups."""
+    codebook, map8, rows = get_codebook("nf4"), get_map8(), 40
+    W = make("outlier", rows * cols, torch.bfloat16).view(rows, cols)
+    W *= torch.logspace(-2, 2, rows)[:, None]  # nested groups of very different scale
+    packed, absmax = native.cpu.quantize_4bit(W, codebook, 64)
+    mean = absmax_mean(absmax)
+    weight = (packed, *double_quantize(absmax, mean, map8, 32), mean, codebook, 64, map8, 32)
+    for dtype in DTYPES:
+        want = native.cpu.dequantize_4bit(*weight, (rows, cols), dtype)
+        for tokens in (torch.eye(cols), *torch.eye(cols).split(3)):
+            y = native.cpu.linear_4bit_forward(tokens.to(dtype), *weight, rows, None)
+            assert_bits_equal(y, tokens.to(dtype) @ want.T, f"{variant} {dtype} {len(tokens)} tokens")
+
+
 def test_unaligned_and_non_contiguous(variant):
     codebook = get_codebook("nf4")
     storage = torch.randn(70000)
