@@ -331,7 +331,7 @@ settings, kills = TrainConfig(**json.loads(sys.argv[1])), int(sys.argv[2])
 start = time.monotonic()
 run.run(settings.replace(output=settings.output + "-whole"))
 whole = time.monotonic() - start
-rng, status = random.Random(0), None
+rng, status, reached = random.Random(0), None, 0
 for life in range(kills + 1):
     child = os.fork()
     if child == 0:
@@ -344,12 +344,13 @@ for life in range(kills + 1):
         finally:
             os._exit(status)
     if life < kills:
-        time.sleep(rng.uniform(0.1, 1.5) * whole / kills)
+        rest = (1 - reached / settings.max_steps) * whole  # what is left, so that no change of pace uses it up early
+        time.sleep(rng.uniform(0.1, 1.2) * rest / (kills + 1 - life))
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    reached = [int(n.split("-")[1]) for n in os.listdir(settings.output) if n.startswith("checkpoint-")] \
-        if os.path.exists(settings.output) else []
-    print(life, os.WIFSIGNALED(status), max(reached, default=0))
+    names = os.listdir(settings.output) if os.path.exists(settings.output) else []
+    reached = max((int(n.split("-")[1]) for n in names if n.startswith("checkpoint-")), default=0)
+    print(life, os.WIFSIGNALED(status), reached)
 sys.exit(0 if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0 else 1)
 """
 
