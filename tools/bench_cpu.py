@@ -7,7 +7,7 @@
                                                              and of the demo, with peak memory, a process an arm
     python tools/bench.py --device cpu --only-steps          nothing else (about 6 minutes)
 
-How it measures. Alternatives take turns in one loop and the median counts (testing/timing.py). Weights rotate through
+How it measures. Alternatives take turns, in random order, and the median counts (testing/timing.py). Weights rotate through
 copies that together exceed twice the last-level cache, except where a row says "cached". A floor is what the machine
 itself needs: bytes / the copy or read bandwidth measured here, or flops / the rate of the largest bf16 product.
 """
@@ -138,16 +138,11 @@ def bench_dequantize(rows: list[Row], machine: Machine, shape, bnb, threads: int
     if bnb:
         packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
         calls["bitsandbytes"] = lambda: bnb.functional.dequantize_4bit(packed, state)
-    calls = washed(calls)
+    other = torch.empty(2 * last_level_cache() // 4)  # overwrites the last-level cache before each call
     floor = weight.numel() * (0.5159 + 2) / machine.copy
     target = ">= 3x bitsandbytes; nested <= 1.05 flat"
-    rows.append(Row("dequantize, public", name(shape), threads, None, interleaved(calls, 21), floor, target))
-
-
-def washed(calls: dict) -> dict:
-    """Before each call the last-level cache is overwritten, so that none finds what its neighbour left there."""
-    other = torch.empty(2 * last_level_cache() // 4)
-    return {key: each for name, call in calls.items() for key, each in ((f"wash {name}", other.zero_), (name, call))}
+    times = interleaved(calls, 21, before=other.zero_)
+    rows.append(Row("dequantize, public", name(shape), threads, None, times, floor, target))
 
 
 def native_kernel(q: QuantizedTensor, out: torch.Tensor, threads: int):
