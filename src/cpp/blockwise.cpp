@@ -49,7 +49,7 @@ class Scales {
   const Variant& isa_;
   const int shift_;
   int64_t group_ = -1;  // whose values these are
-  float values_[256];
+  alignas(64) float values_[256];
 };
 
 // Elements first .. first + count of the flattened weight -> out (count) of `dtype`, on the calling thread.

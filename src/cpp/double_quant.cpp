@@ -68,7 +68,7 @@ void double_dequantize(const Absmax& absmax, int64_t n, float* out) {
   const Variant& isa = variant();
   const int64_t size = absmax.nested_block_size, groups = (n + size - 1) / size;
   parallel_for(groups, std::max<int64_t>(1, 16 * 1024 / size), [&](int64_t begin, int64_t end) {
-    float values[256];
+    alignas(64) float values[256];
     for (int64_t group = begin; group < end; ++group) {
       isa.nested_values(absmax.map, absmax.nested_absmax[group], *absmax.mean, values);
       for (int64_t i = group * size; i < std::min(n, (group + 1) * size); ++i) out[i] = values[absmax.codes[i]];

@@ -14,11 +14,11 @@ struct alignas(64) CacheLine {  // a register that lies across two lines takes t
 
 // Of one thread, kept: fresh memory would cost page faults at every call.
 struct Memory {
-  std::vector<float> values;
-  std::vector<CacheLine> sums, chunk{kLinearChunkBytes / sizeof(CacheLine)};
+  std::vector<CacheLine> values, sums, chunk{kLinearChunkBytes / sizeof(CacheLine)};
 
-  void reserve(int64_t floats, int64_t registers) {
-    if (int64_t(values.size()) < floats) values.resize(size_t(floats));
+  void reserve(int64_t groups, int64_t registers) {
+    constexpr int64_t kLines = 256 * sizeof(float) / sizeof(CacheLine);  // of a group's values
+    if (int64_t(values.size()) < kLines * groups) values.resize(size_t(kLines * groups));
     if (int64_t(sums.size()) < registers) sums.resize(size_t(registers));
   }
 };
@@ -44,8 +44,8 @@ void linear_4bit_forward(const void* x, DType dtype, int64_t m, const Weight4bit
   while (slots < blocks / weight.absmax.nested_block_size + 3) slots *= 2;
   parallel_for(weight.rows, 4 * kLinearRows, [&](int64_t begin, int64_t end) {
     static thread_local Memory memory;
-    memory.reserve(weight.absmax.codes ? 256 * slots : 0, at_once * m);
-    LinearScratch scratch{memory.values.data(), slots - 1, 0, memory.sums.data(),
+    memory.reserve(weight.absmax.codes ? slots : 0, at_once * m);
+    LinearScratch scratch{reinterpret_cast<float*>(memory.values.data()), slots - 1, 0, memory.sums.data(),
                           reinterpret_cast<char*>(memory.chunk.data())};
     isa.linear_rows[int(dtype)](call, scratch, begin, end);
   });

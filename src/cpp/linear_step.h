@@ -34,6 +34,12 @@ inline Scales scales(const Absmax& absmax, int64_t first, int64_t last, int64_t 
   return {absmax.codes, nullptr, scratch.values, scratch.mask, shift};
 }
 
+QLORA_INLINE uint16_t load_pair(const uint8_t* codes) {  // the first one in the low byte: AVX-512 is little-endian
+  uint16_t pair;
+  memcpy(&pair, codes, sizeof pair);
+  return pair;
+}
+
 // A step of one row, ready to be decoded.
 template <class Lanes>
 struct Step {

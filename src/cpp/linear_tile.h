@@ -54,7 +54,11 @@ QLORA_INLINE void tile(const LinearRows& call, const Scales& scales, int64_t row
       Step<Lanes> rows[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
+        // Two codes that lie side by side in one load: with two, GCC runs out of registers.
+        constexpr bool pairs = nested && by64 && Lanes::kSpan == 2;
+        const uint16_t pair = pairs ? load_pair(codes + r * blocks + g) : uint16_t(0);
         rows[r] = Step<Lanes>::full(lanes, packed + r * stride, [&](int s) {
+          if (pairs) return values[r][s ? pair >> 8 : pair & 255];
           int64_t block = r * blocks + ((g + s) >> shift);
           return nested ? values[r][codes[block]] : absmax[block];
         });
