@@ -20,12 +20,14 @@ ALLOWED = {
     "source_hash.py": set(),
     "backend.py": {"reference", "cpu_linear.py", "cuda_linear.py"},
     "native.py": {"backend.py", "source_hash.py", "cuda_linear.py", "_C"},
-    "ops.py": {"reference", "backend.py", "native.py", "autograd.py"},
+    "ops.py": {"reference", "backend.py", "native.py", "gradients.py", "direct.py"},
+    "gradients.py": {"autograd.py"},
+    "direct.py": {"reference", "backend.py", "native.py", "autograd.py", "cpu_linear.py"},
     "autograd.py": set(),
     "cpu_linear.py": set(),
     "cuda_linear.py": set(),
     "quantized.py": {"reference", "ops.py"},
-    "nn.py": {"reference", "ops.py", "quantized.py"},
+    "nn.py": {"reference", "ops.py", "direct.py", "quantized.py"},
 }
 
 

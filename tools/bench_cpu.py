@@ -7,9 +7,9 @@
                                                              and of the demo, with peak memory, a process an arm
     python tools/bench.py --device cpu --only-steps          nothing else (about 6 minutes)
 
-How it measures. Alternatives take turns, in random order, and the median counts (testing/timing.py). Weights rotate through
-copies that together exceed twice the last-level cache, except where a row says "cached". A floor is what the machine
-itself needs: bytes / the copy or read bandwidth measured here, or flops / the rate of the largest bf16 product.
+How it measures. Alternatives take turns, in random order, and the median counts (testing/timing.py). Weights rotate
+through copies that together exceed twice the last-level cache, except where a row says "cached". A floor is what the
+machine itself needs: bytes / the copy or read bandwidth measured here, or flops / the rate of the largest bf16 product.
 """
 
 import argparse

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 
 def register(
@@ -19,11 +21,13 @@ def register(
     output_shape: Callable[..., tuple[int, ...]],
     save: Callable[[Any, tuple], None],
     backward: Callable[..., tuple],
+    dual: Callable[..., torch.Tensor],
 ) -> None:
     """For an op with one output of the dtype and device of its first argument, and of shape `output_shape(*args)`.
 
     `save(ctx, args)` keeps what `backward(ctx, dy)` needs to give a gradient, or None, for every argument. An entry of
     ctx.needs_input_grad is counted from the first argument; behind the last there is one more.
+    `dual(*args)` computes it where an argument is a dual tensor (forward mode), from other ops.
     """
 
     class Node(torch.autograd.Function):
@@ -38,6 +42,9 @@ def register(
             return *backward(ctx, dy), None
 
     def kernel(keyset, *args):
+        if _has_tangent(args):
+            return dual(*args)
+
         def compute():
             with torch._C._AutoDispatchBelowAutograd():
                 return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
@@ -45,12 +52,36 @@ def register(
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return compute()
         if not is_plain(args[0]):
-            return Node.apply(*args, compute)
+            # One level of torch.func's at a time: the dispatcher has peeled off the others, and goes on inside.
+            def lower():
+                with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):  # a Function's forward has neither
+                    return compute()
+
+            with enable_single_level_autograd_function():
+                return super(torch.autograd.Function, Node).apply(*args, lower)
         y = Node.apply(*args, lambda: _hollow(args[0], output_shape(*args)))  # a recomputation stops in here
         y.data = compute()
         return y
 
     lib.impl(op._schema.name.split("::")[1], kernel, "Autograd", with_keyset=True)
+
+
+def register_composite(lib: torch.library.Library, op: Any, composite: Callable[..., Any]) -> None:
+    """For an op that is itself a gradient: where somebody differentiates it, it is computed as `composite` (*args)."""
+
+    def kernel(keyset, *args):
+        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if recorded or _has_tangent(args):
+            return composite(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    lib.impl(op._schema.name.split("::")[1], kernel, "Autograd", with_keyset=True)
+
+
+def is_forward_mode() -> bool:
+    """Whether somebody is taking forward-mode derivatives: dual tensors look like any other."""
+    return forward_ad._current_level >= 0
 
 
 def is_plain(x: torch.Tensor) -> bool:
@@ -60,6 +91,16 @@ def is_plain(x: torch.Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
     )
+
+
+def _has_tangent(args: tuple) -> bool:
+    return is_forward_mode() and any(tangent is not None for tangent in unpack(args)[1])
+
+
+def unpack(args: tuple) -> tuple[list, list]:
+    """The arguments, and for each its tangent or None."""
+    pairs = [forward_ad.unpack_dual(a) if isinstance(a, torch.Tensor) else (a, None) for a in args]
+    return [primal for primal, _ in pairs], [tangent for _, tangent in pairs]
 
 
 def _hollow(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

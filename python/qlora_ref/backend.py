@@ -16,7 +16,7 @@ from .reference.blockwise import check_block_size
 from .reference.codebook import Codebook
 from .reference.double_quant import Map8, absmax_mean, check_double_quant, get_map8
 
-_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of types.h
+DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of types.h
 _tables: dict[int, tuple[Any, bytes]] = {}  # id -> (the table, kept alive, and its struct)
 
 
@@ -53,13 +53,13 @@ def _check_stored(name: str, tensor: torch.Tensor, numel: int, device: torch.dev
 
 
 def _check_float(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.dtype not in _DTYPE:
+    if tensor.dtype not in DTYPE:
         raise TypeError(f"{name} must be float32, bfloat16 or float16, not {tensor.dtype}; convert with .float()")
     return tensor.contiguous()
 
 
 def check_decoded_dtype(dtype: torch.dtype) -> None:
-    if dtype not in _DTYPE and dtype != torch.float64:
+    if dtype not in DTYPE and dtype != torch.float64:
         raise TypeError(f"can dequantize to float32, bfloat16, float16 or float64, not {dtype}")
 
 
@@ -114,7 +114,7 @@ class Backend:
         self._call(
             self._c.quantize_4bit,
             device,
-            *(x.data_ptr(), _DTYPE[x.dtype], n, block_size, _table(codebook), packed.data_ptr(), absmax.data_ptr()),
+            *(x.data_ptr(), DTYPE[x.dtype], n, block_size, _table(codebook), packed.data_ptr(), absmax.data_ptr()),
         )
         return packed, absmax
 
@@ -166,7 +166,7 @@ class Backend:
         self._call(
             self._c.quantize_4bit_nested,
             device,
-            *(x.data_ptr(), _DTYPE[x.dtype], n, block_size, _table(codebook), mean.data_ptr(), nested_block_size),
+            *(x.data_ptr(), DTYPE[x.dtype], n, block_size, _table(codebook), mean.data_ptr(), nested_block_size),
             *(_table(map8), packed.data_ptr(), codes.data_ptr(), nested_absmax.data_ptr()),
         )
         return packed, codes, nested_absmax
@@ -254,7 +254,7 @@ class Backend:
         if out is None:
             out = torch.empty(shape, dtype=dtype, device=packed.device)
         stride = row_stride(out, shape, dtype, packed.device)
-        self._call(self._c.dequantize_4bit, packed.device, *weight, out.data_ptr(), _DTYPE[dtype], stride)
+        self._call(self._c.dequantize_4bit, packed.device, *weight, out.data_ptr(), DTYPE[dtype], stride)
         return out
 
     # --- the linear layer --------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ class Backend:
         self._call(
             self._c.linear_4bit_forward,
             x.device,
-            *(x.data_ptr(), _DTYPE[x.dtype], tokens, *args, bias_address, y.data_ptr()),
+            *(x.data_ptr(), DTYPE[x.dtype], tokens, *args, bias_address, y.data_ptr()),
         )
         return y
 
@@ -318,7 +318,7 @@ class Backend:
         self._call(
             self._c.linear_4bit_backward,
             dy.device,
-            *(dy.data_ptr(), _DTYPE[dy.dtype], tokens, *weight, dx.data_ptr()),
+            *(dy.data_ptr(), DTYPE[dy.dtype], tokens, *weight, dx.data_ptr()),
         )
         return dx
 
@@ -346,7 +346,7 @@ class Backend:
         if params:
             rows = self._adamw_rows(params, grads, (exp_avgs, exp_avg_sqs), steps)
             scalars = lr, beta1, beta2, weight_decay, eps
-            dtype = _DTYPE[params[0].dtype]
+            dtype = DTYPE[params[0].dtype]
             self._call(self._c.adamw, params[0].device, rows, dtype, *scalars, int(fused))
 
     def adamw_8bit(
@@ -369,7 +369,7 @@ class Backend:
         if params:
             rows = self._adamw_rows(params, grads, (m_codes, m_absmax, v_codes, v_absmax), steps)
             scalars = lr, beta1, beta2, weight_decay, eps
-            device, dtype = params[0].device, _DTYPE[params[0].dtype]
+            device, dtype = params[0].device, DTYPE[params[0].dtype]
             self._call(self._c.adamw_8bit, device, rows, dtype, *scalars, self._moment_maps(device).data_ptr())
 
     def _adamw_rows(self, params, grads, fields, steps) -> bytes:
@@ -425,7 +425,7 @@ class CpuBackend(CpuLinear, Backend):
         certain = self._call(
             self._c.quantize_4bit_mean,
             device,
-            *(x.data_ptr(), _DTYPE[x.dtype], n, block_size, _table(codebook)),
+            *(x.data_ptr(), DTYPE[x.dtype], n, block_size, _table(codebook)),
             *(packed.data_ptr(), absmax.data_ptr(), mean.data_ptr()),
         )
         return packed, absmax, mean, certain
@@ -439,10 +439,10 @@ class CpuBackend(CpuLinear, Backend):
 
     # what cpu_linear.py needs of the module
     def _can_fuse(self, dtype, in_features, block_size) -> bool:
-        return self._c.can_linear_4bit_forward(_DTYPE[dtype], in_features, block_size)
+        return self._c.can_linear_4bit_forward(DTYPE[dtype], in_features, block_size)
 
     def _dequantize_region(self, weight, region, out) -> None:
-        self._call(self._c.dequantize_region, out.device, *weight, *region, out.data_ptr(), _DTYPE[out.dtype])
+        self._call(self._c.dequantize_region, out.device, *weight, *region, out.data_ptr(), DTYPE[out.dtype])
 
     def _check_input(self, name, x):
         self._check_device(x.device)

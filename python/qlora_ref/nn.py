@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from . import ops
+from .direct import BoundLinear
 from .quantized import QuantConfig, QuantizedTensor
 from .reference import lora as ref_lora
 
@@ -50,6 +51,7 @@ class Linear4bit(nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's: that would allocate the 16-bit weight
         self.in_features, self.out_features = in_features, out_features
         self.config, self.compute_dtype, self.weight_dtype = config, compute_dtype, dtype
+        self._bound = BoundLinear()
         empty = QuantizedTensor.quantize(torch.empty(out_features, in_features, device="meta", dtype=dtype), config)
         if device != "meta":  # all-zero weights, like an unloaded checkpoint
             empty = empty.map(lambda t: torch.zeros_like(t, device=device or "cpu"))
@@ -139,6 +141,8 @@ class Linear4bit(nn.Linear):
         return None if self.bias is None else self.bias.to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_dynamo_compiling() and (few := self._bound(self, x)) is not None:
+            return few
         x_c = self.cast_input(x)
         y = ops.linear_4bit(x_c, *self.op_args(), self.out_features, self.cast_bias(x_c.dtype))
         return y if self.compute_dtype is None else y.to(x.dtype)

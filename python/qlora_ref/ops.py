@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from . import autograd, native
+from . import gradients, native
 from .backend import check_decoded_dtype, row_stride
+from .direct import direct, direct_kernels
 from .reference import blockwise, double_quant
 from .reference.codebook import get_codebook
 from .reference.double_quant import get_map8
@@ -30,7 +31,7 @@ _WEIGHT = (
     "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? absmax_mean, "
     "str quant_type, int block_size, str map8, int nested_block_size"
 )
-_WEIGHT_ARGS = 8
+_WEIGHT_ARGS = gradients.WEIGHT_ARGS
 _lib = torch.library.Library("qlora_ref", "DEF")
 _lib.define("quantize_4bit(Tensor x, str quant_type, int block_size) -> (Tensor, Tensor)")
 _lib.define(f"dequantize_4bit({_WEIGHT}, SymInt[] shape, ScalarType dtype) -> Tensor")
@@ -248,84 +249,15 @@ def _(dy, x, *args):
     return dx, lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
 
 
-# --- gradients: equations of reference/linear.py; only packed bytes are saved -------------------------------------
-
-
-def _output_shape(x, *args):
-    return *x.shape[:-1], args[_WEIGHT_ARGS]
-
-
-def _save_linear(ctx, inputs):
-    x, *weight = inputs[: 1 + _WEIGHT_ARGS]
-    ctx.save_for_backward(*weight[:4])  # packed, absmax, nested_absmax, absmax_mean
-    ctx.spec, ctx.in_features = weight[4:], x.shape[-1]
-
-
-def _linear_backward(ctx, dy):
-    dx = dbias = None
-    if ctx.needs_input_grad[0]:
-        dx = torch.ops.qlora_ref.linear_4bit_backward(dy, *ctx.saved_tensors, *ctx.spec, ctx.in_features)
-    if ctx.needs_input_grad[2 + _WEIGHT_ARGS]:
-        dbias = dy.flatten(0, -2).sum(0)
-    return dx, *[None] * _WEIGHT_ARGS, None, dbias
-
-
-def _save_lora_linear(ctx, inputs):
-    x, *weight = inputs[: 1 + _WEIGHT_ARGS]
-    *_, lora_A, lora_B, ctx.scaling = inputs
-    ctx.save_for_backward(x, *weight[:4], lora_A, lora_B)
-    ctx.spec = weight[4:]
-
-
-def _lora_linear_backward(ctx, dy):
-    x, *weight, lora_A, lora_B = ctx.saved_tensors
-    need_dx = ctx.needs_input_grad[0]
-    dx, dA, dB = torch.ops.qlora_ref.lora_linear_4bit_backward(
-        dy, x, *weight, *ctx.spec, lora_A, lora_B, ctx.scaling, need_dx
-    )
-    dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2 + _WEIGHT_ARGS] else None
-    return dx if need_dx else None, *[None] * _WEIGHT_ARGS, None, dbias, dA, dB, None
-
-
-_ops = torch.ops.qlora_ref
-autograd.register(_lib, _ops.linear_4bit.default, _output_shape, _save_linear, _linear_backward)
-autograd.register(_lib, _ops.lora_linear_4bit.default, _output_shape, _save_lora_linear, _lora_linear_backward)
+gradients.register(_lib, _REFERENCE)
 
 
 # --- straight to the kernel ---------------------------------------------------------------------------------------
 
-_native: dict[tuple[str, str], Callable[..., Any]] = {}  # by name of the op and type of the device
-
-
-def _direct(name: str) -> Callable[..., Any]:
-    """The op, past the dispatcher where it would only pass the call on.
-
-    Decoding one token is hundreds of such calls, and the caches are full of weights when the next one comes.
-    """
-    op = getattr(torch.ops.qlora_ref, name)
-
-    def call(x, *args):
-        if torch.compiler.is_compiling():
-            return op(x, *args)
-        kernel = _native.get((name, x.device.type))
-        second = not isinstance(args[0], torch.Tensor) or autograd.is_plain(args[0])
-        if kernel is None or not (autograd.is_plain(x) and second) or _is_recorded(x, args):
-            return op(x, *args)
-        return kernel(x, *args)
-
-    return call
-
-
-def _is_recorded(x, args) -> bool:
-    """By autograd, a profiler or a tracer."""
-    wants_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(x, *args)
-    return wants_grad or torch.autograd.profiler._is_profiler_enabled or torch._C._get_tracing_state() is not None
-
-
-linear_4bit, lora_linear_4bit = _direct("linear_4bit"), _direct("lora_linear_4bit")
-quantize_4bit, quantize_4bit_mean = _direct("quantize_4bit"), _direct("quantize_4bit_mean")
-double_quantize = _direct("double_quantize")
-dequantize_4bit, dequantize_4bit_out = _direct("dequantize_4bit"), _direct("dequantize_4bit_out")
+linear_4bit, lora_linear_4bit = direct("linear_4bit"), direct("lora_linear_4bit")
+quantize_4bit, quantize_4bit_mean = direct("quantize_4bit"), direct("quantize_4bit_mean")
+double_quantize = direct("double_quantize")
+dequantize_4bit, dequantize_4bit_out = direct("dequantize_4bit"), direct("dequantize_4bit_out")
 
 
 # --- native backends: names of data types become tables, then straight to the kernel ------------------------------
@@ -389,7 +321,7 @@ def _register_native(backend, key: str) -> None:
     kernels += (_without_autocast(lora_linear_4bit), _without_autocast(lora_linear_4bit_backward))
     for kernel in kernels:
         _lib.impl(kernel.__name__, kernel, key)
-        _native[kernel.__name__, key.lower()] = kernel
+        direct_kernels[kernel.__name__, key.lower()] = kernel
 
 
 if native.cpu is not None:

@@ -133,6 +133,18 @@ void bind_cpu(py::module_ m) {
           linear_4bit_forward(pointer<void>(x), DType(dtype), tokens, w.weight, w.codebook, pointer<void>(bias),
                               pointer<void>(y));
         });
+  // The same for a weight that stays: its arguments are read once. False, and nothing done, where no kernel can do it.
+  py::class_<Weight>(m, "Weight")
+      .def(py::init(&make_weight))
+      .def("linear_4bit_forward",
+           [](const Weight& w, Address x, int dtype, int64_t tokens, Address bias, Address y, int threads) {
+             if (!can_linear_4bit_forward(DType(dtype), w.weight.cols, w.weight.block_size)) return false;
+             py::gil_scoped_release release;
+             set_num_threads(threads);
+             linear_4bit_forward(pointer<void>(x), DType(dtype), tokens, w.weight, w.codebook, pointer<void>(bias),
+                                 pointer<void>(y));
+             return true;
+           });
   m.def("advise_huge_pages", [](Address memory, int64_t bytes) { advise_huge_pages(pointer<void>(memory), bytes); });
   m.def("can_linear_4bit_forward", [](int dtype, int64_t cols, int64_t block_size) {
     return can_linear_4bit_forward(DType(dtype), cols, block_size);

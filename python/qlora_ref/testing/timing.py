@@ -22,7 +22,8 @@ def interleaved(
     """Median seconds of every call. All take turns, `rounds` times at least and for `seconds` each at least.
 
     One call of each beforehand warms up. Every round has its own order, the same in every run.
-    `before` is run, outside of the time, before every call. `clock`: time.thread_time counts only the time on the core, one thread's.
+    `before` is run, outside of the time, before every call. `clock`: time.thread_time counts only the time on the core,
+    one thread's.
     """
     if not calls:
         return {}

@@ -1,0 +1,134 @@
+"""Calls that nothing watches go straight to the kernel, past the dispatcher, which would only pass them on.
+
+Decoding one token is hundreds of calls of a millisecond, and between two of them the caches fill with weights: the
+interpreter's and torch's own data come from memory again, a microsecond for every function or two. So what counts is
+how many functions of torch a call needs.
+
+    direct(name)    the op, past the dispatcher where nobody records it
+    BoundLinear     the linear layer with all that does not change looked up once: the CPU, few tokens
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._C import _get_tracing_state, _is_any_autocast_enabled, _len_torch_dispatch_stack
+from torch.autograd import forward_ad, profiler
+
+from . import autograd, native
+from .backend import DTYPE
+from .cpu_linear import FUSED_TOKENS
+from .reference.codebook import get_codebook
+from .reference.double_quant import get_map8
+
+direct_kernels: dict[tuple[str, str], Callable[..., Any]] = {}  # by name of the op and type of the device
+
+
+def direct(name: str) -> Callable[..., Any]:
+    """The op `name`, past the dispatcher where it would only pass the call on."""
+
+    op = getattr(torch.ops.qlora_ref, name)
+
+    def call(x, *args):
+        if torch.compiler.is_compiling():
+            return op(x, *args)
+        kernel = direct_kernels.get((name, x.device.type))
+        second = not isinstance(args[0], torch.Tensor) or autograd.is_plain(args[0])
+        if kernel is None or not (autograd.is_plain(x) and second) or _is_recorded(x, args):
+            return op(x, *args)
+        return kernel(x, *args)
+
+    return call
+
+
+def _is_recorded(x, args) -> bool:
+    """By autograd in either direction, a profiler or a tracer."""
+    wants_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(x, *args)
+    return wants_grad or autograd.is_forward_mode() or profiler._is_profiler_enabled or _get_tracing_state() is not None
+
+
+_FEW_TOKENS = {dtype: (DTYPE[dtype], most) for dtype, most in FUSED_TOKENS.items()}
+
+
+class BoundLinear:
+    """y = x W'^T + bias for a Linear4bit on the CPU whose tensors stay where they are; None where that is not all.
+
+    The tensors are recognized by object and address, and bound again where one has changed. Nothing here keeps them
+    alive. A copy or a pickle of it is empty: the copied layer binds its own.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: list[tuple[Callable[[], Any], int]] = []  # weak reference, address
+        self._weight: Any = None  # _C's
+        self._tables: tuple = ()  # which _weight points at
+        self._bias: tuple[int, torch.dtype | None] = 0, None  # address
+
+    def __call__(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+        if type(x) is not torch.Tensor or x.requires_grad or _is_watched():
+            return None
+        if not (self._is_current(layer._parameters) or self._bind(layer)):
+            return None
+        shape, dtype, (bias, bias_dtype) = x.shape, x.dtype, self._bias
+        code, most = _FEW_TOKENS.get(dtype, (0, -1))
+        if not shape or shape[-1] != layer.in_features or not (x.is_cpu and x.is_contiguous()):
+            return None
+        tokens = shape.numel() // layer.in_features
+        if tokens > most or bias_dtype not in (None, dtype) or layer.compute_dtype not in (None, dtype):
+            return None
+        try:
+            address = x.data_ptr()
+        except RuntimeError:  # a wrapper of torch.func's, around a tensor that it follows
+            return None
+        y = x.new_empty((*shape[:-1], layer.out_features))
+        threads = torch.get_num_threads()
+        return y if self._weight.linear_4bit_forward(address, code, tokens, bias, y.data_ptr(), threads) else None
+
+    def _is_current(self, parameters: dict[str, Any]) -> bool:
+        if len(self._tensors) != len(parameters):
+            return False
+        for (tensor, address), now in zip(self._tensors, parameters.values(), strict=True):
+            if tensor() is not now or (now is not None and now.data_ptr() != address):
+                return False
+        bias = parameters["bias"]
+        return bias is None or not bias.requires_grad
+
+    def _bind(self, layer: Any) -> bool:
+        """Read the layer's tensors, if the kernel can take them as they are."""
+        self._tensors = []
+        tensors, bias = list(layer._parameters.values()), layer.bias
+        ordinary = all(t is None or _is_ordinary(t) for t in tensors)
+        if native.cpu is None or not ordinary or not layer.in_features or not layer.out_features:
+            return False
+        if bias is not None and bias.numel() != layer.out_features:
+            return False  # refused elsewhere, in a sentence
+        packed, absmax, nested, mean, quant_type, block_size, map8, nested_block_size = layer.op_args()
+        self._tables = get_codebook(quant_type, block_size), None if nested is None else get_map8(map8)
+        tables = self._tables[0], block_size, self._tables[1], nested_block_size
+        size = layer.out_features, layer.in_features
+        arguments, _ = native.cpu._weight(packed, absmax, nested, mean, *tables, *size)
+        self._weight = native.module.cpu.Weight(*arguments)
+        self._bias = (0, None) if bias is None else (bias.data_ptr(), bias.dtype)
+        self._tensors = [((lambda: None), 0) if t is None else (weakref.ref(t), t.data_ptr()) for t in tensors]
+        return True
+
+    def __deepcopy__(self, memo: dict) -> "BoundLinear":
+        return BoundLinear()
+
+    def __reduce__(self) -> tuple:
+        return BoundLinear, ()
+
+
+def _is_ordinary(tensor: torch.Tensor) -> bool:
+    return type(tensor) is torch.nn.Parameter and tensor.is_cpu and tensor.is_contiguous() and not tensor.requires_grad
+
+
+def _is_watched() -> bool:
+    """By a tracer, a mode that follows operations, autocast, forward-mode derivatives or a profiler."""
+    return (
+        _get_tracing_state() is not None
+        or _len_torch_dispatch_stack() != 0
+        or _is_any_autocast_enabled()
+        or forward_ad._current_level >= 0
+        or profiler._is_profiler_enabled
+    )
