@@ -251,7 +251,7 @@ int lowest_positive(const Map8& map, float scale, float mean) {
 void double_quantize(const float* absmax, int64_t n, int64_t nested_block_size, float mean, const Map8& map,
                      uint8_t* codes, float* nested_absmax) {
   const Search256 count_below(map.thresholds);
-  constexpr int kTogether = 4, kStep = 16 * kTogether;
+  constexpr int kTogether = 8, kStep = 16 * kTogether;
   for (; n > 0; n -= nested_block_size, absmax += nested_block_size, codes += nested_block_size, ++nested_absmax) {
     const int64_t size = n < nested_block_size ? n : nested_block_size;
     const float scale = bits_to_float(largest_deviation(absmax, size, mean));
