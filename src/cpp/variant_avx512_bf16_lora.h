@@ -214,10 +214,12 @@ void token_block(const LoraTokens& call, int64_t token) {
     __m512 sum[T];
     down_product<T>(static_cast<const uint16_t*>(call.x) + token * call.in, call.in,
                     static_cast<const __m512i*>(call.down) + g * w_group, sum);
+    const __mmask16 ranks = __mmask16(first_bits(call.rank - kLoraGroup * g));  // Inf x has made the padding NaN
     __m512i wide[T + 1];
     wide[T] = _mm512_setzero_si512();
     for (int t = 0; t < T; ++t) {
-      auto rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_mul_ps(sum[t], _mm512_set1_ps(call.scaling))));
+      __m512 scaled = _mm512_mul_ps(sum[t], _mm512_set1_ps(call.scaling));
+      auto rounded = reinterpret_cast<__m256i>(_mm512_maskz_cvtneps_pbh(ranks, scaled));
       _mm256_store_si256(reinterpret_cast<__m256i*>(&middle[t][16 * g]), rounded);
       wide[t] = _mm512_cvtepu16_epi32(rounded);
     }
