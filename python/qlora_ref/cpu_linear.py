@@ -10,8 +10,8 @@ Both use the bit-same W'. A panel is a slice of whole output features of y, or o
 output is one inner product, rounded once, exactly as in one big product.
 
 LoRA adds thin products, with one side of `rank`. They are not folded into the large one as on the GPU: the product
-[x | s] [W' | B]^T needs a copy of x. oneDNN and MKL like the thin ones best with the rank as rows: u^T = A x^T,
-(rank, tokens).
+[x | s] [W' | B]^T needs a copy of x. Where the variant has them (src/cpp/lora.cpp) they are native, one call forward
+and one backward; elsewhere torch's. oneDNN and MKL like them best with the rank as rows: u^T = A x^T, (rank, tokens).
 """
 
 import threading
