@@ -13,6 +13,10 @@ pytestmark = pytest.mark.skipif(native.cpu is None, reason=f"no native CPU: {nat
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORWARD, BACKWARD = torch.ops.qlora_ref.lora_linear_4bit, torch.ops.qlora_ref.lora_linear_4bit_backward
 
+needs_thin_kernel = pytest.mark.skipif(
+    native.cpu is None or not native.cpu._can_lora(torch.bfloat16, 16), reason="no kernel for thin products here"
+)
+
 
 def problem(tokens, rows=96, cols=128, rank=5, dtype=torch.float32, bias=True):
     """Arguments of the forward op, and a dy."""
@@ -36,6 +40,10 @@ def check(op, arguments):
     for mine, same, (name, value, bound) in zip(outputs, torch_outputs, bounds(op, arguments), strict=True):
         assert mine.dtype == same.dtype and mine.is_contiguous()
         assert_within_bound(mine, same, value, bound, f"{op} {name}")
+
+
+def _stored(x):
+    return x.to(torch.bfloat16).float()
 
 
 def check_both(forward, dy):
@@ -69,6 +77,96 @@ def test_bound_over_several_panels(dtype, monkeypatch):
 def test_odd_shapes(shape):
     tokens, rows, cols = shape
     check_both(*problem(tokens, rows, cols, rank=2, dtype=torch.bfloat16))
+
+
+@pytest.fixture(params=native.cpu_variants() if native.cpu else [])
+def variant(request):
+    before = native.module.cpu.variant()
+    native.set_cpu_variant(request.param)
+    yield request.param
+    native.set_cpu_variant(before)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 16, 17, 64, 256])
+def test_bound_for_every_rank(rank, variant):
+    for adapter in (torch.float32, torch.bfloat16, torch.float16):
+        (x, *rest, A, B, scaling), dy = problem(13, rows=70, cols=67, rank=rank, dtype=torch.bfloat16)
+        check_both((x, *rest, A.to(adapter), B.to(adapter), scaling), dy)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 11, 256, 257, 513])
+def test_bound_of_the_thin_products_for_every_tail(tokens, variant):
+    """Tokens that fill no block, features that fill no strip of 32, no pair of either."""
+    for rows, cols in ((32, 64), (31, 33), (1, 95), (98, 2)):
+        check_both(*problem(tokens, rows, cols, rank=5, dtype=torch.bfloat16))
+
+
+@needs_thin_kernel
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+def test_thin_products_of_small_integers_are_exact(adapter):
+    """Every number fits bfloat16 and every sum float32, so a wrong place, pair or rounding is another number."""
+    for tokens, in_features, out_features, rank in [(1, 1, 1, 1), (7, 67, 97, 3), (257, 64, 35, 17), (300, 34, 33, 33)]:
+        g = torch.Generator().manual_seed(tokens)
+        shapes = (tokens, in_features), (tokens, out_features), (rank, in_features), (out_features, rank)
+        x, dy, A, B, dx, y = (torch.randint(-2, 3, s, generator=g).float() for s in (*shapes, *shapes[:2]))
+        u, v = _stored(0.5 * x @ A.T), _stored(0.5 * dy @ B)
+        expected = y + u @ B.T, dx + v @ A, v.T @ x, dy.T @ u
+        bf16 = lambda t: t.to(torch.bfloat16)
+        A, B, y, dx = A.to(adapter), B.to(adapter), bf16(y), bf16(dx)
+        native.cpu._lora_forward(bf16(x), A, B, 0.5, y)
+        dA, dB = torch.empty_like(A), torch.empty_like(B)
+        native.cpu._lora_backward(bf16(dy), bf16(x), A, B, 0.5, dA, dB, dx)
+        for actual, value, name in zip((y, dx, dA, dB), expected, ("y", "dx", "dA", "dB"), strict=True):
+            assert_bits_equal(actual + 0, value.to(actual.dtype) + 0, name)  # + 0: no minus zero
+
+
+@needs_thin_kernel
+def test_thin_products_do_not_depend_on_the_number_of_threads():
+    """Nor does a token's row depend on the tokens beside it."""
+    forward, dy = problem(301, rows=200, cols=333, rank=20, dtype=torch.bfloat16)
+    x, *_, A, B, scaling = forward
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            y, dx, dA, dB = dy.clone(), x.clone(), torch.empty_like(A), torch.empty_like(B)
+            native.cpu._lora_forward(x, A, B, scaling, y)
+            native.cpu._lora_backward(dy, x, A, B, scaling, dA, dB, dx)
+            results.append((y, dx, dA, dB))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            assert_bits_equal(a, b)
+    last = dy[-1:].clone()
+    native.cpu._lora_forward(x[-1:].contiguous(), A, B, scaling, last)
+    assert_bits_equal(last, results[0][0][-1:])
+
+
+@needs_thin_kernel
+def test_thin_products_pass_on_infinity_and_nan():
+    """To the outputs they belong to, and to no other: padding must not turn them into NaN."""
+    (x, *rest), dy = problem(3, rows=33, cols=35, rank=3, dtype=torch.bfloat16, bias=False)
+    A, B = rest[-3].abs(), rest[-2].abs()
+    x, y, dA, dB = x.abs(), torch.zeros_like(dy), torch.empty_like(A), torch.empty_like(B)
+    x[1, 34] = torch.inf
+    native.cpu._lora_forward(x, A, B, 1.0, y)
+    assert y[1].isinf().all() and y[[0, 2]].isfinite().all()
+    native.cpu._lora_backward(dy.abs(), x, A, B, 1.0, dA, dB, None)
+    assert dA[:, 34].isinf().all() and dA[:, :34].isfinite().all() and dB.isinf().all()
+    x[1, 34] = torch.nan
+    native.cpu._lora_forward(x, A, B, 1.0, y.zero_())
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+@needs_thin_kernel
+def test_an_adapter_of_the_wrong_shape_is_refused():
+    (x, *rest, A, B, scaling), dy = problem(3, dtype=torch.bfloat16)
+    for a, b in ((A[:, 1:], B), (A, B[1:]), (A[1:], B), (A, B.T)):
+        with pytest.raises(ValueError, match="for this layer they must be"):
+            FORWARD(x, *rest, a, b, scaling)
+        with pytest.raises(ValueError, match="for this layer they must be"):
+            BACKWARD(*backward_arguments((x, *rest, a, b, scaling), dy))
 
 
 @pytest.mark.parametrize("tokens", [6, 140])

@@ -58,6 +58,18 @@ def _check_float(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous()
 
 
+def _adapter(in_features: int, out_features: int, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> tuple:
+    """struct Lora (types.h) of contiguous matrices, or a sentence."""
+    rank = len(lora_A)
+    if lora_A.shape != (rank, in_features) or lora_B.shape != (out_features, rank):
+        raise ValueError(
+            f"lora_A is {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}; for this layer they must be "
+            f"({rank}, {in_features}) and ({out_features}, {rank})"
+        )
+    dtypes = DTYPE[lora_A.dtype], DTYPE[lora_B.dtype]
+    return lora_A.data_ptr(), dtypes[0], lora_B.data_ptr(), dtypes[1], rank, in_features, out_features, scaling
+
+
 def check_decoded_dtype(dtype: torch.dtype) -> None:
     if dtype not in DTYPE and dtype != torch.float64:
         raise TypeError(f"can dequantize to float32, bfloat16, float16 or float64, not {dtype}")
@@ -443,6 +455,18 @@ class CpuBackend(CpuLinear, Backend):
 
     def _dequantize_region(self, weight, region, out) -> None:
         self._call(self._c.dequantize_region, out.device, *weight, *region, out.data_ptr(), DTYPE[out.dtype])
+
+    def _can_lora(self, dtype, rank) -> bool:
+        return dtype in DTYPE and self._c.can_lora(DTYPE[dtype], rank)
+
+    def _lora_forward(self, x, lora_A, lora_B, scaling, y) -> None:
+        adapter = _adapter(x.shape[-1], y.shape[-1], lora_A, lora_B, scaling)
+        self._call(self._c.lora_forward, x.device, x.data_ptr(), len(x), *adapter, y.data_ptr())
+
+    def _lora_backward(self, dy, x, lora_A, lora_B, scaling, dA, dB, dx) -> None:
+        adapter = _adapter(x.shape[-1], dy.shape[-1], lora_A, lora_B, scaling)
+        outputs = dA.data_ptr(), dB.data_ptr(), 0 if dx is None else dx.data_ptr()
+        self._call(self._c.lora_backward, x.device, dy.data_ptr(), x.data_ptr(), len(x), *adapter, *outputs)
 
     def _check_input(self, name, x):
         self._check_device(x.device)

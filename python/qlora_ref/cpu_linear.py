@@ -10,8 +10,8 @@ Both use the bit-same W'. A panel is a slice of whole output features of y, or o
 output is one inner product, rounded once, exactly as in one big product.
 
 LoRA adds thin products, with one side of `rank`. They are not folded into the large one as on the GPU: the product
-[x | s] [W' | B]^T needs a copy of x. oneDNN and MKL like the thin ones best with the rank as rows: u^T = A x^T,
-(rank, tokens).
+[x | s] [W' | B]^T needs a copy of x. Where the variant has them (src/cpp/lora.cpp) they are native, one call forward
+and one backward; elsewhere torch's. oneDNN and MKL like them best with the rank as rows: u^T = A x^T, (rank, tokens).
 """
 
 import threading
@@ -32,6 +32,7 @@ class CpuLinear:
 
     _local = threading.local()
     _can_fuse: Callable[..., bool]
+    _can_lora: Callable[[torch.dtype, int], bool]
 
     def linear_4bit_forward(self, x, *args):
         """y (..., out) = x (..., in) W'^T + bias, in the dtype of x."""
@@ -70,6 +71,9 @@ class CpuLinear:
         *weight, out_features, bias, lora_A, lora_B, scaling = args
         y = self.linear_4bit_forward(x, *weight, out_features, bias)
         x2 = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        if self._thin_kernel(x2, lora_A):
+            self._lora_forward(x2.contiguous(), _as_stored(lora_A, x), _as_stored(lora_B, x), scaling, y)
+            return y
         u = _thin(lora_A.to(x.dtype), x2.T, scaling)  # (rank, tokens)
         y.view(len(x2), out_features).addmm_(u.T, lora_B.T.to(x.dtype, memory_format=torch.contiguous_format))
         return y
@@ -79,6 +83,12 @@ class CpuLinear:
         *weight, lora_A, lora_B, scaling, need_dx = args
         tokens = x.shape[:-1].numel()
         dy2, x2 = dy.reshape(tokens, dy.shape[-1]), x.reshape(tokens, x.shape[-1])
+        if self._thin_kernel(x2, lora_A) and dy.dtype == x.dtype:
+            dx = self.linear_4bit_backward(dy2, *weight, x.shape[-1]).view(x.shape) if need_dx else None
+            A, B = _as_stored(lora_A, x), _as_stored(lora_B, x)
+            dA, dB = torch.empty_like(A), torch.empty_like(B)
+            self._lora_backward(dy2.contiguous(), x2.contiguous(), A, B, scaling, dA, dB, dx)
+            return dy.new_empty(0) if dx is None else dx, dA.to(lora_A.dtype), dB.to(lora_B.dtype)
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         v, u = _thin(B.T, dy2.T, scaling), _thin(A, x2.T, scaling)  # both (rank, tokens)
         dA, dB = (v @ x2).to(lora_A.dtype), torch.empty_like(lora_B).copy_((u @ dy2).T)
@@ -86,6 +96,9 @@ class CpuLinear:
             return dy.new_empty(0), dA, dB
         dx = self.linear_4bit_backward(dy2, *weight, x.shape[-1]).addmm_(v.T, A)
         return dx.view(x.shape), dA, dB
+
+    def _thin_kernel(self, x2: torch.Tensor, lora_A: torch.Tensor) -> bool:
+        return x2.numel() > 0 and self._can_lora(x2.dtype, lora_A.shape[0])
 
     def _fused(self, dtype: torch.dtype, tokens: int, in_features: int, block_size: int) -> bool:
         return tokens <= FUSED_TOKENS.get(dtype, 0) and self._can_fuse(dtype, in_features, block_size)
@@ -111,6 +124,11 @@ class CpuLinear:
         if held is None or held.numel() < nbytes:
             held = self._local.buffer = torch.empty(max(nbytes, PANEL_BYTES), dtype=torch.uint8, device="cpu")
         return held[:nbytes]
+
+
+def _as_stored(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A or B as the kernels read it: float32 or the dtype of x, contiguous."""
+    return (matrix if matrix.dtype == torch.float32 else matrix.to(x.dtype)).contiguous()
 
 
 def _thin(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:

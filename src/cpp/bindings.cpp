@@ -60,6 +60,11 @@ Weight make_weight(Address packed, Address absmax, Address codes, Address nested
 #define WEIGHT \
   make_weight(packed, absmax, codes, nested_absmax, mean, map, nested_block_size, rows, cols, block_size, codebook)
 
+#define LORA_PARAMETERS \
+  Address A, int A_dtype, Address B, int B_dtype, int64_t rank, int64_t in, int64_t out, double scaling
+#define LORA \
+  Lora { pointer<void>(A), pointer<void>(B), DType(A_dtype), DType(B_dtype), rank, in, out, float(scaling) }
+
 // AdamW's runs of elements: an array of structs out of the bytes backend.py packed.
 template <class Piece>
 std::vector<Piece> pieces(const py::bytes& bytes) {
@@ -157,6 +162,19 @@ void bind_cpu(py::module_ m) {
     dequantize_region(w.weight, w.codebook, first_row, row_count, first_col, col_count, pointer<void>(out),
                       DType(dtype));
   });
+  m.def("can_lora", [](int dtype, int64_t rank) { return can_lora(DType(dtype), rank); });
+  m.def("lora_forward", [](Address x, int64_t tokens, LORA_PARAMETERS, Address y, int threads) {
+    py::gil_scoped_release release;
+    set_num_threads(threads);
+    lora_forward(pointer<void>(x), tokens, LORA, pointer<void>(y));
+  });
+  m.def("lora_backward",
+        [](Address dy, Address x, int64_t tokens, LORA_PARAMETERS, Address dA, Address dB, Address dx, int threads) {
+          py::gil_scoped_release release;
+          set_num_threads(threads);
+          lora_backward(pointer<void>(dy), pointer<void>(x), tokens, LORA,
+                        {pointer<void>(dA), pointer<void>(dB), pointer<void>(dx)});
+        });
   m.def("adamw", [](const py::bytes& packed, int dtype, ADAMW_SCALARS, int order, int threads) {
     auto runs = pieces<AdamWPiece>(packed);
     py::gil_scoped_release release;

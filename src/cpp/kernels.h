@@ -49,6 +49,19 @@ void linear_4bit_forward(const void* x, DType dtype, int64_t m, const Weight4bit
 void dequantize_region(const Weight4bit& weight, const Codebook& codebook, int64_t first_row, int64_t rows,
                        int64_t first_col, int64_t cols, void* out, DType dtype);
 
+// --- LoRA (reference/linear.py), the thin products, only where can_... says so ---------------------------------------
+// A and B are rounded to the dtype of x (bf16 is the only one yet), u = scaling x A^T and v = scaling dy B is stored in
+// it, float32 accumulation, one rounding of every output.
+
+bool can_lora(DType dtype, int64_t rank);
+// y (m, out) += u B^T, in place
+void lora_forward(const void* x, int64_t m, const Lora& lora, void* y);
+// dA (rank, in) = v^T x, dB (out, rank) = dy^T u in the dtypes of A and B; dx (m, in) += v A, in place, if there is one
+struct LoraGradients {
+  void *dA, *dB, *dx;
+};
+void lora_backward(const void* dy, const void* x, int64_t m, const Lora& lora, const LoraGradients& out);
+
 // --- AdamW (reference/adamw.py): `count` runs of elements in one call, updated in place -------------------------------
 
 void adamw(const AdamWPiece* pieces, int64_t count, DType dtype, const AdamWScalars& scalars, AdamWOrder order);

@@ -45,6 +45,15 @@ struct Weight4bit {
   int64_t block_size;
 };
 
+// A LoRA adapter: scaling (x A^T) B^T. A and B may be f32 or bf16.
+struct Lora {
+  const void* A;  // (rank, in)
+  const void* B;  // (out, rank)
+  DType A_dtype, B_dtype;
+  int64_t rank, in, out;
+  float scaling;
+};
+
 // One run of elements that AdamW updates in place. `param` and `grad` are f32 or bf16; `step` points at this step's
 // number, counted from 1.
 struct AdamWPiece {

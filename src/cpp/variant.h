@@ -57,6 +57,50 @@ struct AdamWLoops {
 };
 constexpr int kAdamWRun = 16;
 
+// --- LoRA: 2 bytes an element, float32 sums ---
+
+constexpr int64_t kLoraGroup = 16;   // ranks: packed adapters are padded to whole groups
+constexpr int64_t kLoraStrip = 32;   // features, likewise
+constexpr int64_t kLoraTokens = 6;   // that share a packed adapter
+constexpr int64_t kLoraRank = 256;   // at most
+constexpr int64_t kLoraChunk = 256;  // tokens of a strip that stay in the first-level cache
+constexpr int64_t kLoraScratchBytes = kLoraChunk * kLoraStrip * 2 + kLoraRank * kLoraStrip * 4;
+
+// An adapter's matrix, (rank, features) or (features, rank), as the two kinds of product want it.
+struct LoraPacking {
+  const void* matrix;
+  DType dtype;  // f32, bf16
+  int64_t rank, features;
+  bool rank_rows;
+  void* down;  // for sums over features, or null
+  void* up;    // for sums over ranks, or null
+};
+// middle (m, rank) = scaling x down^T, stored in pairs of tokens if `pairs` is given; y (m, out) += middle up^T, if given
+struct LoraTokens {
+  const void* x;
+  int64_t m, in, rank;
+  float scaling;
+  const void* down;
+  void* pairs;
+  const void* up;
+  int64_t out;
+  void* y;
+};
+// gradient (rank, features) = middle^T x, or its transpose
+struct LoraGradient {
+  const void* x;
+  int64_t m, features, rank;
+  const void* pairs;
+  void* gradient;
+  DType dtype;
+  bool rank_rows;
+};
+struct LoraLoops {
+  void (*pack)(const LoraPacking& packing, int64_t begin, int64_t end);                   // strips
+  void (*tokens)(const LoraTokens& call, int64_t begin, int64_t end);                     // begin is even
+  void (*gradient)(const LoraGradient& call, void* scratch, int64_t begin, int64_t end);  // strips
+};
+
 struct Variant {
   const char* name;
 
@@ -81,6 +125,7 @@ struct Variant {
   int linear_x_bytes[3];
 
   AdamWLoops adamw;
+  LoraLoops lora;  // null where there are none
 };
 
 extern const Variant scalar_variant;

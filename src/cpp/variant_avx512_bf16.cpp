@@ -103,6 +103,10 @@ struct BF16Lanes {
   }
 };
 
+// --- LoRA ----------------------------------------------------------------------------------------------------------------
+
+#include "variant_avx512_bf16_lora.h"
+
 bool supported() { return avx512_vbmi.supported() && __builtin_cpu_supports("avx512bf16"); }
 
 void extend(Variant& variant) {
@@ -110,6 +114,7 @@ void extend(Variant& variant) {
   variant.linear_rows[int(DType::bf16)] = linear_rows<BF16Lanes, DType::bf16>;
   variant.linear_prepare[int(DType::bf16)] = linear_prepare<BF16Lanes, DType::bf16>;
   variant.linear_x_bytes[int(DType::bf16)] = 2;
+  variant.lora = {lora_pack, lora_tokens, lora_gradient};
 }
 
 }  // namespace

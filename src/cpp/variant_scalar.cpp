@@ -165,6 +165,7 @@ const Variant scalar_variant = {
     {},
     {},
     adamw_loops<AdamWLanes>,
+    {},
 };
 
 }  // namespace qlora
