@@ -243,7 +243,7 @@ def step_arm(arm: str, model: str, threads: int) -> dict | None:
     return json.loads(run.stdout.strip().splitlines()[-1])
 
 
-def bench_steps(rows: list[Row], peaks: dict) -> None:
+def bench_steps(rows: list[Row], peaks: dict, steps: dict) -> None:
     """Arms take turns, each in fresh processes: peak memory is a property of a process. The demo sets one thread."""
     keys = {"qlora_ref": "nested"}
     for model, threads in (("llama", os.cpu_count() or 1), ("demo", 1)):
@@ -259,6 +259,7 @@ def bench_steps(rows: list[Row], peaks: dict) -> None:
         target = ">= 1.5x bitsandbytes + PEFT"
         rows.append(Row("training step", model, threads, None, times, floor, target))
         peaks[model] = {arm: max(r["peak_bytes"] for r in rs) for arm, rs in results.items() if rs}
+        steps[model] = {arm: [(r["seconds"], r["page_faults"]) for r in rs] for arm, rs in results.items()}
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ def line(row: Row) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def markdown(ceilings: dict[int, Machine], info: dict, rows: list[Row], peaks: dict) -> str:
+def markdown(ceilings: dict[int, Machine], info: dict, rows: list[Row], peaks: dict, steps: dict) -> str:
     about = ", ".join(f"{k} {v}" for k, v in info.items())
     measured = "; ".join(
         f"{threads} thread{'s' * (threads > 1)}: read {m.read / 1e9:.0f} GB/s, copy {m.copy / 1e9:.0f} GB/s, bf16 "
@@ -317,12 +318,14 @@ def markdown(ceilings: dict[int, Machine], info: dict, rows: list[Row], peaks: d
     text = [f"{about}.", "", f"Ceilings measured in the same run: {measured}.", "",
             "Medians of alternatives that took turns. Column bitsandbytes: the faster of its nested and flat form.",
             "", HEAD, *map(line, rows)]  # fmt: skip
-    steps = {row.shape: row.times for row in rows if row.op == "training step"}
+    medians = {row.shape: row.times for row in rows if row.op == "training step"}
     for model, of_arm in peaks.items():
         shown = ", ".join(f"{arm} {peak / 2**20:.0f} MiB" for arm, peak in of_arm.items())
         text += ["", f"Training step, {model}: peak resident memory of the steps {shown}."]
-        if rest := steps[model].get("rest"):
+        if rest := medians[model].get("rest"):
             text += [f"Without its linear layers and adapters (`rest`) a step takes {rest * 1e3:.0f} ms."]
+        for arm, runs in steps[model].items():
+            text += [f"{arm}, each process: " + ", ".join(f"{s * 1e3:.0f} ms, {n} page faults" for s, n in runs) + "."]
     return "\n".join(text) + "\n"
 
 
@@ -339,7 +342,7 @@ def main(argv: list[str]) -> int:
         return 2
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    bnb, rows, ceilings, peaks = load_bitsandbytes(), [], {}, {}
+    bnb, rows, ceilings, peaks, steps = load_bitsandbytes(), [], {}, {}, {}
     info = machine_info(bnb)
     shapes, tokens = (SHAPES[:1], (1, 8, 32, 256)) if args.quick else (SHAPES, TOKENS)
     for threads in args.threads or sorted({1, os.cpu_count() or 1}):
@@ -352,21 +355,21 @@ def main(argv: list[str]) -> int:
             bench_dequantize(rows, machine, shape, bnb, threads)
             bench_linear(rows, machine, shape, tokens, bnb, threads)
             bench_lora(rows, machine, shape, bnb, threads)
-            save(args.output, ceilings, info, rows, peaks)
+            save(args.output, ceilings, info, rows, peaks, steps)
     if args.steps or args.only_steps:
-        bench_steps(rows, peaks)
-        save(args.output, ceilings, info, rows, peaks)
-    print(markdown(ceilings, info, rows, peaks))
+        bench_steps(rows, peaks, steps)
+        save(args.output, ceilings, info, rows, peaks, steps)
+    print(markdown(ceilings, info, rows, peaks, steps))
     return 0
 
 
-def save(folder: Path | None, ceilings, info, rows, peaks) -> None:
+def save(folder: Path | None, ceilings, info, rows, peaks, steps) -> None:
     """Written after every shape: a run that is cut off leaves what it measured."""
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench_cpu.md").write_text(markdown(ceilings, info, rows, peaks))
-    content = {"machine": info, "ceilings": {t: asdict(m) for t, m in ceilings.items()}, "peaks": peaks}
+    (folder / "bench_cpu.md").write_text(markdown(ceilings, info, rows, peaks, steps))
+    content = {"machine": info, "ceilings": {t: asdict(m) for t, m in ceilings.items()}, "peaks": peaks, "steps": steps}
     (folder / "bench_cpu.json").write_text(json.dumps({**content, "rows": [asdict(r) for r in rows]}, indent=1))
 
 

@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import gc
 import json
+import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -183,15 +184,20 @@ def product_rate(dtype: torch.dtype) -> float:
 
 
 def run_arm(arm: str, name: str, threads: int, steps: int = 7) -> dict[str, float]:
-    """Seconds of a step (median), resident bytes before the steps and their peak; for `rest` also the floor."""
+    """Seconds and page faults of a step (medians), resident bytes before the steps and their peak.
+
+    For `rest` also the floor. Page faults: memory that the C library has given back and must fetch again.
+    """
     torch.set_num_threads(threads)
     step, problem, flops = prepare(arm, name)
-    before, times = reset_peak(), []
+    before, times, faults = reset_peak(), [], []
     for _ in range(steps + 1):
-        start = time.perf_counter()
+        start, faulted = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         step()
         times.append(time.perf_counter() - start)
-    result = {"seconds": sorted(times[1:])[steps // 2], "before_bytes": before, "peak_bytes": resident("VmHWM")}
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faulted)
+    result = {"seconds": sorted(times[1:])[steps // 2], "page_faults": sorted(faults[1:])[steps // 2]}
+    result |= {"before_bytes": before, "peak_bytes": resident("VmHWM")}
     if arm == "rest":
         result["floor"] = result["seconds"] + flops / product_rate(problem.dtype)
     return result
