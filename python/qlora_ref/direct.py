@@ -65,13 +65,13 @@ class BoundLinear:
         self._bias: tuple[int, torch.dtype | None] = 0, None  # address
 
     def __call__(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
-        if type(x) is not torch.Tensor or x.requires_grad or _is_watched():
+        if not x.is_cpu or type(x) is not torch.Tensor or x.requires_grad or _is_watched():
             return None
         if not (self._is_current(layer._parameters) or self._bind(layer)):
             return None
         shape, dtype, (bias, bias_dtype) = x.shape, x.dtype, self._bias
         code, most = _FEW_TOKENS.get(dtype, (0, -1))
-        if not shape or shape[-1] != layer.in_features or not (x.is_cpu and x.is_contiguous()):
+        if not shape or shape[-1] != layer.in_features or not x.is_contiguous():
             return None
         tokens = shape.numel() // layer.in_features
         if tokens > most or bias_dtype not in (None, dtype) or layer.compute_dtype not in (None, dtype):
