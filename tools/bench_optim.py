@@ -73,9 +73,7 @@ def kernel_step(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
 def arms(bits: int, dtype: torch.dtype, bnb) -> dict[str, Callable[[], Any]]:
     torchs = torch.optim.AdamW(parameters(dtype), lr=1e-4, fused=True)
     made: dict[str, Any] = {"torch": torchs.step, "ours": PagedAdamW(parameters(dtype), lr=1e-4, bits=bits).step}
-    if (
-        BACKEND and bits == 32 and dtype == torch.float32
-    ):  # not right after torch, which has left some of the tensors in a cache
+    if BACKEND and bits == 32 and dtype == torch.float32:
         made["kernel"] = kernel_step(torchs)
     if bnb:
         made["bitsandbytes"] = (bnb.optim.AdamW8bit if bits == 8 else bnb.optim.AdamW)(parameters(dtype), lr=1e-4).step

@@ -46,8 +46,7 @@ def register(
             return dual(*args)
 
         def compute():
-            with torch._C._AutoDispatchBelowAutograd():
-                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            return _below(op, keyset, args)
 
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return compute()
@@ -73,10 +72,15 @@ def register_composite(lib: torch.library.Library, op: Any, composite: Callable[
         recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         if recorded or _has_tangent(args):
             return composite(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        return _below(op, keyset, args)
 
     lib.impl(op._schema.name.split("::")[1], kernel, "Autograd", with_keyset=True)
+
+
+def _below(op: Any, keyset: Any, args: tuple) -> Any:
+    """The op without autograd."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
 def is_forward_mode() -> bool:

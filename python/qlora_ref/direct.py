@@ -1,8 +1,7 @@
 """Calls that nothing watches go straight to the kernel, past the dispatcher, which would only pass them on.
 
 Decoding one token is hundreds of calls of a millisecond, and between two of them the caches fill with weights: the
-interpreter's and torch's own data come from memory again, a microsecond for every function or two. So what counts is
-how many functions of torch a call needs.
+interpreter's and torch's own data come from memory again. So what counts is how many functions of torch a call needs.
 
     direct(name)    the op, past the dispatcher where nobody records it
     BoundLinear     the linear layer with all that does not change looked up once: the CPU, few tokens
