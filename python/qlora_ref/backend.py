@@ -450,8 +450,11 @@ class CpuBackend(CpuLinear, Backend):
         return packed
 
     # what cpu_linear.py needs of the module
-    def _can_fuse(self, dtype, in_features, block_size) -> bool:
-        return self._c.can_linear_4bit_forward(DTYPE[dtype], in_features, block_size)
+    def _can_forward(self, dtype, tokens, in_features, block_size) -> bool:
+        return dtype in DTYPE and self._c.can_linear_4bit_forward(DTYPE[dtype], tokens, in_features, block_size)
+
+    def _can_backward(self, dtype, out_features) -> bool:
+        return dtype in DTYPE and self._c.can_linear_4bit_backward(DTYPE[dtype], out_features)
 
     def _dequantize_region(self, weight, region, out) -> None:
         self._call(self._c.dequantize_region, out.device, *weight, *region, out.data_ptr(), DTYPE[out.dtype])

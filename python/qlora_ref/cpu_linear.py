@@ -19,8 +19,6 @@ from collections.abc import Callable
 
 import torch
 
-# Up to here the kernel wins over panels. oneDNN has no fast float16 product on the CPU it was tried on.
-FUSED_TOKENS = {torch.bfloat16: 128, torch.float16: 512, torch.float32: 128}
 # Each panel is two more waits of threads, so few large ones; multiples of 256 features, because oneDNN is slow where
 # a size is no multiple of its blocks times threads. Tried by hand; tools/bench_cpu.py shows what they give.
 PANEL_BYTES = 32 * 2**20
@@ -31,14 +29,15 @@ class CpuLinear:
     """Mixed into backend.CpuBackend, in front of Backend. Arguments as in backend.Backend."""
 
     _local = threading.local()
-    _can_fuse: Callable[..., bool]
+    _can_forward: Callable[..., bool]
+    _can_backward: Callable[..., bool]
     _can_lora: Callable[[torch.dtype, int], bool]
 
     def linear_4bit_forward(self, x, *args):
         """y (..., out) = x (..., in) W'^T + bias, in the dtype of x."""
         *weight, out_features, bias = args if len(args) == 10 else (*args, None)
         in_features, tokens = x.shape[-1], x.shape[:-1].numel()
-        if x.dtype == torch.float64 or self._fused(x.dtype, tokens, in_features, weight[5]):
+        if x.dtype == torch.float64 or self._can_forward(x.dtype, tokens, in_features, weight[5]):
             return super().linear_4bit_forward(x, *args)
         x2 = self._check_input("x", x).reshape(tokens, in_features)
         y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
@@ -57,8 +56,8 @@ class CpuLinear:
         """dx (..., in) = dy (..., out) W' in the dtype of dy, with the bit-same W' as the forward."""
         *weight, in_features = args
         out_features = dy.shape[-1]
-        if dy.dtype == torch.float64:
-            return dy @ self.dequantize_4bit(*weight, (out_features, in_features), dy.dtype)
+        if dy.dtype == torch.float64 or self._can_backward(dy.dtype, out_features):
+            return super().linear_4bit_backward(dy, *args)
         dy2 = self._check_input("dy", dy).reshape(dy.shape[:-1].numel(), out_features)
         dx = torch.empty((*dy.shape[:-1], in_features), dtype=dy.dtype, device=dy.device)
         dx2 = dx.view(len(dy2), in_features)
@@ -99,9 +98,6 @@ class CpuLinear:
 
     def _thin_kernel(self, x2: torch.Tensor, lora_A: torch.Tensor) -> bool:
         return x2.numel() > 0 and self._can_lora(x2.dtype, lora_A.shape[0])
-
-    def _fused(self, dtype: torch.dtype, tokens: int, in_features: int, block_size: int) -> bool:
-        return tokens <= FUSED_TOKENS.get(dtype, 0) and self._can_fuse(dtype, in_features, block_size)
 
     def _panels(self, weight, dtype, rows, cols, by_rows):
         """(first, count, panel): rows first .. first + count of W' as (count, cols), or columns as (rows, count)."""

@@ -4,7 +4,7 @@ Decoding one token is hundreds of calls of a millisecond, and between two of the
 interpreter's and torch's own data come from memory again. So what counts is how many functions of torch a call needs.
 
     direct(name)    the op, past the dispatcher where nobody records it
-    BoundLinear     the linear layer with all that does not change looked up once: the CPU, few tokens
+    BoundLinear     the linear layer with all that does not change looked up once: the CPU
 """
 
 import weakref
@@ -17,7 +17,6 @@ from torch.autograd import forward_ad, profiler
 
 from . import autograd, native
 from .backend import DTYPE
-from .cpu_linear import FUSED_TOKENS
 from .reference.codebook import get_codebook
 from .reference.double_quant import get_map8
 
@@ -47,9 +46,6 @@ def _is_recorded(x, args) -> bool:
     return wants_grad or autograd.is_forward_mode() or profiler._is_profiler_enabled or _get_tracing_state() is not None
 
 
-_FEW_TOKENS = {dtype: (DTYPE[dtype], most) for dtype, most in FUSED_TOKENS.items()}
-
-
 class BoundLinear:
     """y = x W'^T + bias for a Linear4bit on the CPU whose tensors stay where they are; None where that is not all.
 
@@ -69,11 +65,11 @@ class BoundLinear:
         if not (self._is_current(layer._parameters) or self._bind(layer)):
             return None
         shape, dtype, (bias, bias_dtype) = x.shape, x.dtype, self._bias
-        code, most = _FEW_TOKENS.get(dtype, (0, -1))
-        if not shape or shape[-1] != layer.in_features or not x.is_contiguous():
+        code = DTYPE.get(dtype)
+        if code is None or not shape or shape[-1] != layer.in_features or not x.is_contiguous():
             return None
         tokens = shape.numel() // layer.in_features
-        if tokens > most or bias_dtype not in (None, dtype) or layer.compute_dtype not in (None, dtype):
+        if bias_dtype not in (None, dtype) or layer.compute_dtype not in (None, dtype):
             return None
         try:
             address = x.data_ptr()

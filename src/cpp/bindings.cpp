@@ -143,7 +143,7 @@ void bind_cpu(py::module_ m) {
       .def(py::init(&make_weight))
       .def("linear_4bit_forward",
            [](const Weight& w, Address x, int dtype, int64_t tokens, Address bias, Address y, int threads) {
-             if (!can_linear_4bit_forward(DType(dtype), w.weight.cols, w.weight.block_size)) return false;
+             if (!can_linear_4bit_forward(DType(dtype), tokens, w.weight.cols, w.weight.block_size)) return false;
              py::gil_scoped_release release;
              set_num_threads(threads);
              linear_4bit_forward(pointer<void>(x), DType(dtype), tokens, w.weight, w.codebook, pointer<void>(bias),
@@ -151,8 +151,15 @@ void bind_cpu(py::module_ m) {
              return true;
            });
   m.def("advise_huge_pages", [](Address memory, int64_t bytes) { advise_huge_pages(pointer<void>(memory), bytes); });
-  m.def("can_linear_4bit_forward", [](int dtype, int64_t cols, int64_t block_size) {
-    return can_linear_4bit_forward(DType(dtype), cols, block_size);
+  m.def("can_linear_4bit_forward", [](int dtype, int64_t tokens, int64_t cols, int64_t block_size) {
+    return can_linear_4bit_forward(DType(dtype), tokens, cols, block_size);
+  });
+  m.def("can_linear_4bit_backward", [](int dtype, int64_t rows) { return can_linear_4bit_backward(DType(dtype), rows); });
+  m.def("linear_4bit_backward", [](Address dy, int dtype, int64_t tokens, WEIGHT_PARAMETERS, Address dx, int threads) {
+    auto w = WEIGHT;
+    py::gil_scoped_release release;
+    set_num_threads(threads);
+    linear_4bit_backward(pointer<void>(dy), DType(dtype), tokens, w.weight, w.codebook, pointer<void>(dx));
   });
   m.def("dequantize_region", [](WEIGHT_PARAMETERS, int64_t first_row, int64_t row_count, int64_t first_col,
                                 int64_t col_count, Address out, int dtype, int threads) {

@@ -1,15 +1,12 @@
 // Quantize and dequantize: cuts the tensor into runs of whole blocks, one thread each; the loops are the variant's.
-#include "kernels.h"
+#include "dequantize_run.h"
 #include "parallel.h"
-#include "variant.h"
 
 namespace qlora {
 namespace {
 
 // Elements worth a thread (parallel.h), multiples of every block size.
 constexpr int64_t kDequantizeGrain = 128 * 1024, kQuantizeGrain = 32 * 1024;
-
-int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 // One element, for the head of a row that starts in the middle of a byte.
 void dequantize_head(const Weight4bit& weight, const BlockAbsmax& absmax, const Codebook& codebook, int64_t i,
@@ -18,47 +15,34 @@ void dequantize_head(const Weight4bit& weight, const BlockAbsmax& absmax, const 
   variant().dequantize[int(dtype)](pair, absmax, 1, weight.block_size, codebook, out);
 }
 
-// Block sizes are powers of two, and a shift costs a twentieth of a division.
-int log2_of(int64_t power) {
-  int shift = 0;
-  while ((int64_t(1) << shift) < power) ++shift;
-  return shift;
+// Part of some rows, each `row_stride` elements after the one before.
+void dequantize_rows(const Weight4bit& weight, const Codebook& codebook, int64_t first_row, int64_t rows,
+                     int64_t first_col, int64_t cols, char* out, DType dtype, int64_t row_stride) {
+  if (cols == weight.cols && row_stride == cols) {  // then the rows are one run
+    parallel_for(rows * cols, kDequantizeGrain, [&](int64_t begin, int64_t end) {
+      RunScales scales(weight);
+      dequantize_run(weight, codebook, scales, first_row * cols + begin, end - begin, dtype,
+                     out + begin * element_size(dtype));
+    });
+    return;
+  }
+  int64_t grain = std::max<int64_t>(1, kDequantizeGrain / std::max<int64_t>(1, cols));
+  parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
+    RunScales scales(weight);
+    for (int64_t row = begin; row < end; ++row) {
+      dequantize_run(weight, codebook, scales, (first_row + row) * weight.cols + first_col, cols, dtype,
+                     out + row * row_stride * element_size(dtype));
+    }
+  });
 }
 
-// Where a thread finds absmax. Under double quantization absmax' takes only 256 values in a nested group: computed once,
-// and looked up by code inside the loops.
-class Scales {
- public:
-  explicit Scales(const Absmax& absmax) : absmax_(absmax), isa_(variant()), shift_(log2_of(absmax.nested_block_size)) {}
+}  // namespace
 
-  BlockAbsmax from(int64_t block) {
-    if (!absmax_.codes) return {absmax_.absmax + block, nullptr};
-    const int64_t group = block >> shift_;
-    if (group != group_) isa_.nested_values(absmax_.map, absmax_.nested_absmax[group], *absmax_.mean, values_);
-    group_ = group;
-    return {values_, absmax_.codes + block};
-  }
-  // How many blocks from(block) covers.
-  int64_t reach(int64_t block) const {
-    constexpr int64_t kAll = INT64_MAX / 4096;  // times a block size is no overflow
-    return absmax_.codes ? (((block >> shift_) + 1) << shift_) - block : kAll;
-  }
-
- private:
-  const Absmax& absmax_;
-  const Variant& isa_;
-  const int shift_;
-  int64_t group_ = -1;  // whose values these are
-  alignas(64) float values_[256];
-};
-
-// Elements first .. first + count of the flattened weight -> out (count) of `dtype`, on the calling thread.
-void dequantize_run(const Weight4bit& weight, const Codebook& codebook, int64_t first, int64_t count, DType dtype,
-                    void* out_) {
+void dequantize_run(const Weight4bit& weight, const Codebook& codebook, RunScales& scales, int64_t first, int64_t count,
+                    DType dtype, void* out_) {
   const Variant& isa = variant();
   char* out = static_cast<char*>(out_);
-  Scales scales(weight.absmax);
-  const int shift = log2_of(weight.block_size);
+  const int shift = scales.block_shift;
   while (count > 0) {
     const int64_t block = first >> shift, offset = first & (weight.block_size - 1);
     const BlockAbsmax absmax = scales.from(block);
@@ -74,26 +58,6 @@ void dequantize_run(const Weight4bit& weight, const Codebook& codebook, int64_t 
     out += size * element_size(dtype);
   }
 }
-
-// Part of some rows, each `row_stride` elements after the one before.
-void dequantize_rows(const Weight4bit& weight, const Codebook& codebook, int64_t first_row, int64_t rows,
-                     int64_t first_col, int64_t cols, char* out, DType dtype, int64_t row_stride) {
-  if (cols == weight.cols && row_stride == cols) {  // then the rows are one run
-    parallel_for(rows * cols, kDequantizeGrain, [&](int64_t begin, int64_t end) {
-      dequantize_run(weight, codebook, first_row * cols + begin, end - begin, dtype, out + begin * element_size(dtype));
-    });
-    return;
-  }
-  int64_t grain = std::max<int64_t>(1, kDequantizeGrain / std::max<int64_t>(1, cols));
-  parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      dequantize_run(weight, codebook, (first_row + row) * weight.cols + first_col, cols, dtype,
-                     out + row * row_stride * element_size(dtype));
-    }
-  });
-}
-
-}  // namespace
 
 void quantize_4bit(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
                    float* absmax) {

@@ -38,12 +38,17 @@ void quantize_4bit_nested(const void* x, DType dtype, int64_t n, int64_t block_s
 // reference/double_quant.py: double_dequantize -> out (n)
 void double_dequantize(const Absmax& absmax, int64_t n, float* out);
 
-// reference/linear.py, base path, for few tokens: y (m, rows) = x (m, cols) W'^T + bias, W' in `dtype`, float32
-// accumulation, one rounding to `dtype` at the end. `bias` (rows) of `dtype` or null. Only where can_... says so; for many
-// tokens and for dx = dy W', cpu_linear.py multiplies parts from dequantize_region with torch's own product.
-bool can_linear_4bit_forward(DType dtype, int64_t cols, int64_t block_size);
+// reference/linear.py, base path: y (m, rows) = x (m, cols) W'^T + bias, W' in `dtype`, float32 accumulation, one rounding
+// to `dtype` at the end. `bias` (rows) of `dtype` or null. Only where can_... says so, which may depend on m; elsewhere
+// cpu_linear.py multiplies parts from dequantize_region with torch's own product.
+bool can_linear_4bit_forward(DType dtype, int64_t m, int64_t cols, int64_t block_size);
 void linear_4bit_forward(const void* x, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
                          const void* bias, void* y);
+
+// reference/linear.py, base path: dx (m, cols) = dy (m, rows) W', likewise, for any m where can_... says so.
+bool can_linear_4bit_backward(DType dtype, int64_t rows);
+void linear_4bit_backward(const void* dy, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
+                          void* dx);
 
 // Part of the weight -> out (rows, cols) of `dtype`, contiguous
 void dequantize_region(const Weight4bit& weight, const Codebook& codebook, int64_t first_row, int64_t rows,

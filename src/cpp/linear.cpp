@@ -1,12 +1,24 @@
-// y = x W'^T + bias for few tokens: cuts the rows into pieces, one thread each; the loop is the variant's.
+// y = x W'^T + bias: few tokens here, which cuts the rows into pieces, one thread each; many in product.cpp. The loops are
+// the variant's.
 #include "kernels.h"
 #include "parallel.h"
+#include "product.h"
 #include "variant.h"
 
 namespace qlora {
 namespace {
 
 constexpr int64_t kStepMax = 128;  // weights that a variant may take at once: x is padded to as many
+
+// Up to here decoding in registers is faster than panels (product.cpp), by DType; where a variant has no panels, than
+// decoding for torch's product, which for float16 is slow where it was tried.
+constexpr int64_t kFewTokens = 32, kFewWithoutPanels[3] = {128, 128, 512};
+
+bool few(DType dtype, int64_t m, int64_t cols, int64_t block_size) {
+  const Variant& isa = variant();
+  const bool can = isa.linear_rows[int(dtype)] && block_size >= 64 && cols % block_size == 0;
+  return can && m <= (isa.product[int(dtype)].multiply ? kFewTokens : kFewWithoutPanels[int(dtype)]);
+}
 
 struct alignas(64) CacheLine {  // a register that lies across two lines takes two loads
   char bytes[64];
@@ -25,12 +37,13 @@ struct Memory {
 
 }  // namespace
 
-bool can_linear_4bit_forward(DType dtype, int64_t cols, int64_t block_size) {
-  return variant().linear_rows[int(dtype)] && block_size >= 64 && cols % block_size == 0;
+bool can_linear_4bit_forward(DType dtype, int64_t m, int64_t cols, int64_t block_size) {
+  return few(dtype, m, cols, block_size) || can_product(dtype, cols);
 }
 
 void linear_4bit_forward(const void* x, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
                          const void* bias, void* y) {
+  if (!few(dtype, m, weight.cols, weight.block_size)) return product(x, dtype, m, weight, codebook, bias, y, true);
   const Variant& isa = variant();
   const int64_t stride = (weight.cols + kStepMax - 1) / kStepMax * kStepMax * isa.linear_x_bytes[int(dtype)];
   std::vector<CacheLine> prepared(size_t(m * stride / 64));

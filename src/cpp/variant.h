@@ -57,6 +57,37 @@ struct AdamWLoops {
 };
 constexpr int kAdamWRun = 16;
 
+// --- Products with many tokens ---
+// A panel holds 64 features side by side and some elements of the sum, one row of 64 dwords after the other: a dword is
+// one float32, or two bf16 that follow each other in the sum.
+
+constexpr int64_t kPanelFeatures = 64;
+constexpr int64_t kPanelRows = 16;       // decoded rows that are packed together
+constexpr int64_t kPanelBytes = 64 * 4;  // a row of a panel
+
+// y (tokens, features) = x panel + bias for one panel, or a part of the sum of it.
+struct ProductPiece {
+  const void* x;
+  int64_t x_stride;  // bytes
+  int64_t tokens, depth;
+  const void* panel;
+  float* sums;       // (tokens, 64): from the parts before, for those after
+  bool first, last;  // part of the sum
+  const void* bias;  // or null
+  void* y;
+  int64_t y_stride, features;  // elements; at most 64 features
+};
+struct ProductLoops {
+  int element_bytes;  // of x
+  // kPanelRows decoded rows, `stride` elements apart, zeros behind `depth` up to a multiple of 32. They are
+  //   features: `panel` is where the first one's lane begins
+  void (*pack_features)(const void* rows, int64_t stride, int64_t depth, void* panel);
+  //   elements of the sum: `panels` begin with them, one panel for every 64 elements of `width`
+  void (*pack_sum)(const void* rows, int64_t stride, int64_t width, void* panels, int64_t panel_bytes);
+  void (*multiply)(const ProductPiece& piece);
+  void (*widen)(const void* x, int64_t n, float* out);  // to the element of x, where it is not the dtype itself
+};
+
 // --- LoRA: 2 bytes an element, float32 sums ---
 
 constexpr int64_t kLoraGroup = 16;   // ranks: packed adapters are padded to whole groups
@@ -123,6 +154,7 @@ struct Variant {
   // x (m, cols) -> the order and type that linear_rows wants, linear_x_bytes an element, `stride` bytes a token
   void (*linear_prepare[3])(const void* x, int64_t m, int64_t cols, int64_t stride, void* out);
   int linear_x_bytes[3];
+  ProductLoops product[3];  // by DType, null where there are none
 
   AdamWLoops adamw;
   LoraLoops lora;  // null where there are none

@@ -376,6 +376,65 @@ constexpr auto f32_rows = linear_rows<F32Lanes<dtype>, dtype>;
 template <DType dtype>
 constexpr auto f32_prepare = linear_prepare<F32Lanes<dtype>, dtype>;
 
+// --- products with many tokens --------------------------------------------------------------------------------------------
+
+#include "variant_avx512_transpose.h"
+#include "product_tile.h"
+
+template <DType dtype>
+struct F32Product {
+  using E = Element<dtype>;
+  using T = typename E::type;
+  static constexpr int kElements = 1;  // a dword
+  static constexpr int64_t kRun = 256;
+
+  static QLORA_INLINE __m512 add(__m512 sum, __m512i x, __m512i w) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(w), sum);
+  }
+  static QLORA_INLINE __m512i load_dwords(const char* rows, int64_t first) {
+    return _mm512_castps_si512(load16(reinterpret_cast<const T*>(rows) + first, 0xffff));
+  }
+  static QLORA_INLINE void interleave(const char* rows, int64_t first, int64_t, char* out) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) _mm512_store_si512(out + 64 * v, load_dwords(rows, first + 16 * v));
+  }
+  static QLORA_INLINE void store(const ProductPiece& piece, int64_t token, const __m512* sum) {
+    auto* y = static_cast<T*>(piece.y) + token * piece.y_stride;
+    auto* bias = static_cast<const T*>(piece.bias);
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const auto mask = __mmask16(first_bits(piece.features - 16 * v));
+      __m512 value = bias ? _mm512_add_ps(sum[v], load16(bias + 16 * v, mask)) : sum[v];
+      store16(y + 16 * v, mask, value);
+    }
+  }
+  static QLORA_INLINE __m512 load16(const T* x, __mmask16 mask) {
+    if constexpr (dtype == DType::f32) {
+      return _mm512_maskz_loadu_ps(mask, x);
+    } else {
+      return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x));
+    }
+  }
+  static QLORA_INLINE void store16(T* y, __mmask16 mask, __m512 value) {
+    if constexpr (dtype == DType::f32) {
+      _mm512_mask_storeu_ps(y, mask, value);
+    } else {
+      _mm256_mask_storeu_epi16(y, mask, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+  }
+  static void widen(const void* x, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; i += 16) {
+      const auto mask = __mmask16(first_bits(n - i));
+      _mm512_mask_storeu_ps(out + i, mask, load16(static_cast<const T*>(x) + i, mask));
+    }
+  }
+};
+
+template <DType dtype>
+constexpr ProductLoops f32_product = {4, pack_features<F32Product<dtype>>, pack_sum<F32Product<dtype>>,
+                                      multiply<F32Product<dtype>>,
+                                      dtype == DType::f32 ? nullptr : F32Product<dtype>::widen};
+
 bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -394,6 +453,8 @@ void extend(Variant& variant) {
   extend_dtype<DType::f32>(variant);
   extend_dtype<DType::bf16>(variant);
   extend_dtype<DType::f16>(variant);
+  variant.product[int(DType::f32)] = f32_product<DType::f32>;
+  variant.product[int(DType::f16)] = f32_product<DType::f16>;
   variant.double_quantize = double_quantize;
   variant.nested_values = nested_values;
   variant.sum_of_positive = sum_of_positive;

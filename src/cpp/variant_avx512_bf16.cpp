@@ -103,6 +103,54 @@ struct BF16Lanes {
   }
 };
 
+// --- products with many tokens --------------------------------------------------------------------------------------------
+
+#include "variant_avx512_transpose.h"
+#include "product_tile.h"
+
+struct BF16Product {
+  static constexpr int kElements = 2;  // a dword
+  static constexpr int64_t kRun = INT64_MAX;  // bfloat16 is coarser than any error of the sum
+
+  static QLORA_INLINE __m512 add(__m512 sum, __m512i x, __m512i w) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
+  }
+  static QLORA_INLINE __m512i load_dwords(const char* rows, int64_t first) {
+    return _mm512_loadu_si512(rows + 2 * first);
+  }
+  // 64 features of two rows, in pairs
+  static QLORA_INLINE void interleave(const char* rows, int64_t first, int64_t stride, char* out) {
+    alignas(64) static constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                      8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      __m512i a = _mm512_loadu_si512(rows + 2 * (first + 32 * half));
+      __m512i b = _mm512_loadu_si512(rows + 2 * (first + stride + 32 * half));
+      _mm512_store_si512(out + 128 * half, _mm512_permutex2var_epi16(a, low, b));
+      _mm512_store_si512(out + 128 * half + 64, _mm512_permutex2var_epi16(a, high, b));
+    }
+  }
+  static QLORA_INLINE void store(const ProductPiece& piece, int64_t token, const __m512* sum) {
+    auto* y = static_cast<uint16_t*>(piece.y) + token * piece.y_stride;
+    auto* bias = static_cast<const uint16_t*>(piece.bias);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const __mmask32 mask = first_bits(piece.features - 32 * half);
+      __m512 low = sum[2 * half], high = sum[2 * half + 1];
+      if (bias) {
+        __m512i words = _mm512_maskz_loadu_epi16(mask, bias + 32 * half);
+        low = _mm512_add_ps(low, widen(_mm512_castsi512_si256(words)));
+        high = _mm512_add_ps(high, widen(_mm512_extracti64x4_epi64(words, 1)));
+      }
+      _mm512_mask_storeu_epi16(y + 32 * half, mask, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+    }
+  }
+  static QLORA_INLINE __m512 widen(__m256i words) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+  }
+};
+
 // --- LoRA ----------------------------------------------------------------------------------------------------------------
 
 #include "variant_avx512_bf16_lora.h"
@@ -114,6 +162,7 @@ void extend(Variant& variant) {
   variant.linear_rows[int(DType::bf16)] = linear_rows<BF16Lanes, DType::bf16>;
   variant.linear_prepare[int(DType::bf16)] = linear_prepare<BF16Lanes, DType::bf16>;
   variant.linear_x_bytes[int(DType::bf16)] = 2;
+  variant.product[int(DType::bf16)] = {2, pack_features<BF16Product>, pack_sum<BF16Product>, multiply<BF16Product>, nullptr};
   variant.lora = {lora_pack, lora_tokens, lora_gradient};
 }
 

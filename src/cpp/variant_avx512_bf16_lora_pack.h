@@ -4,38 +4,7 @@
 //   up    lanes are 16 features of a strip, the even ones and then the odd ones, a pair is two ranks;
 //         [strip][pair of ranks][even, odd][16]
 #pragma once
-
-// The low n bits; all of them if n is larger.
-QLORA_INLINE uint32_t first_bits(int64_t n) { return n >= 32 ? ~0u : (1u << n) - 1; }
-
-// 16 x 16 dwords
-QLORA_INLINE void transpose16(__m512i* r) {
-  __m512i t[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) {  // halves of pairs of quarters: columns i % 4 and i % 4 + 8, or + 4 and + 12
-    const int a = i / 8 * 8 + i % 4, odd = i / 4 % 2;
-    t[i] = odd ? _mm512_shuffle_i32x4(r[a], r[a + 4], 0xdd) : _mm512_shuffle_i32x4(r[a], r[a + 4], 0x88);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
+#include "variant_avx512_transpose.h"
 
 // Up to 32 elements as bf16, zeros behind them.
 template <DType dtype>

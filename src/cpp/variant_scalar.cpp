@@ -164,6 +164,7 @@ const Variant scalar_variant = {
     {},
     {},
     {},
+    {},
     adamw_loops<AdamWLanes>,
     {},
 };

@@ -1,0 +1,168 @@
+// y = x W'^T + bias and dx = dy W' for many tokens: 64 features of W' at a time are decoded into a panel that stays in
+// the second-level cache, and all tokens go over it. The loops are the variant's. Every output belongs to one piece of
+// work and is summed in one order, so no result depends on the number of threads.
+#include "dequantize_run.h"
+#include "parallel.h"
+#include "product.h"
+
+namespace qlora {
+namespace {
+
+constexpr int64_t kPanelMemory = 512 * 1024;  // of a thread, in its second-level cache
+constexpr int64_t kTogether = 8;              // panels of dx, at most: of a row of the weight 256 bytes
+constexpr int64_t kTokensAtOnce = 512;        // whose x stays in the third-level cache
+
+struct alignas(64) CacheLine {
+  char bytes[64];
+};
+// Of one thread, kept: fresh memory would cost page faults at every call.
+struct Memory {
+  std::vector<CacheLine> lines;
+  char* reserve(int64_t bytes) {
+    if (int64_t(lines.size()) * 64 < bytes) lines.resize(size_t((bytes + 63) / 64));
+    return lines.data()->bytes;
+  }
+};
+
+int64_t parts(int64_t n, int64_t at_most) { return (n + at_most - 1) / at_most; }
+// n in equal parts of at most `at_most`, all but the last a multiple of 32
+int64_t part(int64_t n, int64_t at_most) { return parts(parts(n, parts(n, at_most)), 32) * 32; }
+
+constexpr int64_t kAhead = 16;
+// Short pieces of rows far apart, which the processor does not foresee.
+void prefetch(const Weight4bit& weight, int64_t first, int64_t count) {
+  const uint8_t* packed = weight.packed + first / 2;
+  for (int64_t i = 0; i < count / 2; i += 64) __builtin_prefetch(packed + i, 0, 2);
+  const int64_t block = first / weight.block_size;
+  if (weight.absmax.codes) {
+    __builtin_prefetch(weight.absmax.codes + block);
+  } else {
+    __builtin_prefetch(weight.absmax.absmax + block);
+  }
+}
+
+struct Product {
+  const Weight4bit& weight;
+  const Codebook& codebook;
+  DType dtype;
+  bool forward;
+  const void* x;
+  int64_t tokens;
+  const void* bias;
+  void* y;
+
+  const ProductLoops& loops = variant().product[int(dtype)];
+  int64_t features = forward ? weight.rows : weight.cols, sum = forward ? weight.cols : weight.rows;
+  int64_t elements = loops.element_bytes == 2 ? 2 : 1;  // of the sum in a row of the panel
+  int64_t together = 1;                                 // panels whose weights are decoded together
+  int64_t depth = 0, panel_bytes = 0, token_part = part(tokens, kTokensAtOnce);
+
+  void plan() {
+    // The rows of a panel of dx are short pieces of rows of the weight: several panels share them.
+    const int64_t panels = parts(features, kPanelFeatures);
+    while (!forward && together < kTogether && panels / (2 * together) >= 3 * num_threads()) together *= 2;
+    depth = part(sum, kPanelMemory / kPanelBytes / together * elements);
+    panel_bytes = parts(depth, elements * kPanelRows) * kPanelRows * kPanelBytes;
+  }
+  void run() {
+    const int64_t pieces = parts(features, kPanelFeatures * together), blocks = parts(tokens, token_part);
+    parallel_for(pieces * blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) piece(i % pieces * kPanelFeatures * together, i / pieces * token_part);
+    });
+  }
+
+  // The features from `feature` on, of one panel or of several, for the tokens from `token` on.
+  void piece(int64_t feature, int64_t token) const {
+    static thread_local Memory panel_memory, row_memory, sum_memory;
+    const int64_t width = std::min(features - feature, kPanelFeatures * together);
+    const int64_t count = std::min(tokens - token, token_part), row_bytes = loops.element_bytes * sum;
+    char* panels = panel_memory.reserve(together * panel_bytes);
+    auto* sums = reinterpret_cast<float*>(sum_memory.reserve(together * count * kPanelBytes));
+    RunScales scales(weight);
+    for (int64_t first = 0; first < sum; first += depth) {
+      const int64_t size = std::min(depth, sum - first);
+      if (forward) {
+        decode_features(scales, feature, width, first, size, row_memory, panels);
+      } else {
+        decode_sum(scales, feature, width, first, size, row_memory, panels);
+      }
+      for (int64_t p = 0; p * kPanelFeatures < width; ++p) {
+        const int64_t at = feature + p * kPanelFeatures, esize = element_size(dtype);
+        loops.multiply({static_cast<const char*>(x) + token * row_bytes + first * loops.element_bytes, row_bytes, count,
+                        size, panels + p * panel_bytes, sums + p * count * kPanelFeatures, first == 0,
+                        first + size == sum, bias ? static_cast<const char*>(bias) + at * esize : nullptr,
+                        static_cast<char*>(y) + (token * features + at) * esize, features,
+                        std::min(width - p * kPanelFeatures, kPanelFeatures)});
+      }
+    }
+  }
+
+  // Rows of the weight are features: elements first .. first + size of each.
+  void decode_features(RunScales& scales, int64_t feature, int64_t width, int64_t first, int64_t size, Memory& memory,
+                       char* panel) const {
+    const int64_t stride = parts(size, 32) * 32, bytes = element_size(dtype);
+    char* rows = memory.reserve(kPanelRows * stride * bytes);
+    for (int64_t lane = 0; lane < kPanelFeatures; lane += kPanelRows) {
+      for (int64_t r = 0; r < kPanelRows; ++r) {
+        const int64_t filled = lane + r < width ? size : 0;
+        if (filled) {
+          dequantize_run(weight, codebook, scales, (feature + lane + r) * weight.cols + first, size, dtype,
+                         rows + r * stride * bytes);
+        }
+        memset(rows + (r * stride + filled) * bytes, 0, size_t((stride - filled) * bytes));
+      }
+      loops.pack_features(rows, stride, size, panel + lane * 4);
+    }
+  }
+  // Rows of the weight are elements of the sum: features feature .. feature + width of each.
+  void decode_sum(RunScales& scales, int64_t feature, int64_t width, int64_t first, int64_t size, Memory& memory,
+                  char* panels) const {
+    const int64_t stride = parts(width, kPanelFeatures) * kPanelFeatures, bytes = element_size(dtype);
+    char* rows = memory.reserve(kPanelRows * stride * bytes);
+    for (int64_t k = 0; k < size; k += kPanelRows, panels += kPanelRows / elements * kPanelBytes) {
+      for (int64_t r = 0; r < kPanelRows; ++r) {
+        const int64_t filled = k + r < size ? width : 0;
+        prefetch(weight, (first + k + r + kAhead) * weight.cols + feature, width);
+        if (filled) {
+          dequantize_run(weight, codebook, scales, (first + k + r) * weight.cols + feature, width, dtype,
+                         rows + r * stride * bytes);
+        }
+        memset(rows + (r * stride + filled) * bytes, 0, size_t((stride - filled) * bytes));
+      }
+      loops.pack_sum(rows, stride, stride, panels, panel_bytes);
+    }
+  }
+};
+
+// x in the elements that the loops read.
+const void* widened(const ProductLoops& loops, const void* x, int64_t n, Memory& memory) {
+  if (!loops.widen) return x;
+  auto* out = reinterpret_cast<float*>(memory.reserve(n * int64_t(sizeof(float))));
+  parallel_for(n, 256 * 1024, [&](int64_t begin, int64_t end) {
+    loops.widen(static_cast<const uint16_t*>(x) + begin, end - begin, out + begin);
+  });
+  return out;
+}
+
+}  // namespace
+
+bool can_product(DType dtype, int64_t sum) { return variant().product[int(dtype)].multiply && sum > 0; }
+
+void product(const void* x, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
+             const void* bias, void* y, bool forward) {
+  if (m == 0) return;
+  static thread_local Memory memory;
+  const int64_t n = m * (forward ? weight.cols : weight.rows);
+  Product product{weight, codebook, dtype, forward, widened(variant().product[int(dtype)], x, n, memory), m, bias, y};
+  product.plan();
+  product.run();
+}
+
+bool can_linear_4bit_backward(DType dtype, int64_t rows) { return can_product(dtype, rows); }
+
+void linear_4bit_backward(const void* dy, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
+                          void* dx) {
+  product(dy, dtype, m, weight, codebook, nullptr, dx, false);
+}
+
+}  // namespace qlora
