@@ -5,16 +5,17 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from qlora_ref import cpu_linear, native, ops
+from qlora_ref.backend import DTYPE
 from qlora_ref.nn import Linear4bit, LoRALinear
-from qlora_ref.quantized import QuantizedTensor
+from qlora_ref.quantized import QuantConfig, QuantizedTensor
 from qlora_ref.testing.compare import assert_bits_equal, assert_within_bound, bounds
 
 pytestmark = pytest.mark.skipif(native.cpu is None, reason=f"no native CPU: {native.missing['cpu']}")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORWARD, BACKWARD = torch.ops.qlora_ref.lora_linear_4bit, torch.ops.qlora_ref.lora_linear_4bit_backward
 
-needs_thin_kernel = pytest.mark.skipif(
-    native.cpu is None or not native.cpu._can_lora(torch.bfloat16, 16), reason="no kernel for thin products here"
+needs_lora_kernel = pytest.mark.skipif(
+    native.cpu is None or not native.module.cpu.can_lora(DTYPE[torch.bfloat16], 16), reason="no kernel for LoRA here"
 )
 
 
@@ -62,8 +63,8 @@ def test_bound_for_every_number_of_tokens(tokens, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bound_over_several_panels(dtype, monkeypatch):
     """Ragged last panels in both directions, where the variant has no product of its own."""
-    monkeypatch.setattr(native.cpu, "_can_forward", lambda *_: False)
-    monkeypatch.setattr(native.cpu, "_can_backward", lambda *_: False)
+    for kernel in ("_can_forward", "_can_backward", "_can_lora"):
+        monkeypatch.setattr(native.cpu, kernel, lambda *_: False)
     monkeypatch.setattr(cpu_linear, "PANEL_STEP", 32)
     monkeypatch.setattr(cpu_linear, "PANEL_BYTES", 1)
     counted = []
@@ -103,65 +104,64 @@ def test_bound_of_the_thin_products_for_every_tail(tokens, variant):
         check_both(*problem(tokens, rows, cols, rank=5, dtype=torch.bfloat16))
 
 
-@needs_thin_kernel
+@needs_lora_kernel
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
-def test_thin_products_of_small_integers_are_exact(adapter):
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 1), (7, 67, 97, 3), (257, 64, 35, 17), (300, 34, 133, 33), (40, 5000, 70, 16)], ids=str
+)
+def test_small_integers_are_exact(adapter, sizes):
     """Every number fits bfloat16 and every sum float32, so a wrong place, pair or rounding is another number."""
-    for tokens, in_features, out_features, rank in [(1, 1, 1, 1), (7, 67, 97, 3), (257, 64, 35, 17), (300, 34, 33, 33)]:
-        g = torch.Generator().manual_seed(tokens)
-        shapes = (tokens, in_features), (tokens, out_features), (rank, in_features), (out_features, rank)
-        x, dy, A, B, dx, y = (torch.randint(-2, 3, s, generator=g).float() for s in (*shapes, *shapes[:2]))
-        u, v = _stored(0.5 * x @ A.T), _stored(0.5 * dy @ B)
-        expected = y + u @ B.T, dx + v @ A, v.T @ x, dy.T @ u
-        bf16 = lambda t: t.to(torch.bfloat16)
-        A, B, y, dx = A.to(adapter), B.to(adapter), bf16(y), bf16(dx)
-        native.cpu._lora_forward(bf16(x), A, B, 0.5, y)
-        dA, dB = torch.empty_like(A), torch.empty_like(B)
-        native.cpu._lora_backward(bf16(dy), bf16(x), A, B, 0.5, dA, dB, dx)
-        for actual, value, name in zip((y, dx, dA, dB), expected, ("y", "dx", "dA", "dB"), strict=True):
-            assert_bits_equal(actual + 0, value.to(actual.dtype) + 0, name)  # + 0: no minus zero
+    tokens, in_features, out_features, rank = sizes
+    g = torch.Generator().manual_seed(tokens)
+    shapes = (tokens, in_features), (tokens, out_features), (rank, in_features), (out_features, rank)
+    x, dy, A, B = (torch.randint(-2, 3, s, generator=g).float() for s in shapes)
+    W = torch.randint(-1, 2, (out_features, in_features), generator=g).float()  # NF4 has -1, 0 and 1
+    weight = QuantizedTensor.quantize(W, QuantConfig(double_quant=False)).op_args()
+    u, v = _stored(0.5 * x @ A.T), _stored(0.5 * dy @ B)
+    expected = x @ W.T + u @ B.T, dy @ W + v @ A, v.T @ x, dy.T @ u
+    x, dy, A, B = x.bfloat16(), dy.bfloat16(), A.to(adapter), B.to(adapter)
+    y = FORWARD(x, *weight, out_features, None, A, B, 0.5)
+    outputs = y, *BACKWARD(dy, x, *weight, A, B, 0.5, True)
+    for actual, value, name in zip(outputs, expected, ("y", "dx", "dA", "dB"), strict=True):
+        assert_bits_equal(actual + 0, value.to(actual.dtype) + 0, name)  # + 0: no minus zero
 
 
-@needs_thin_kernel
-def test_thin_products_do_not_depend_on_the_number_of_threads():
+@needs_lora_kernel
+def test_no_dependence_on_the_number_of_threads():
     """Nor does a token's row depend on the tokens beside it."""
     forward, dy = problem(301, rows=200, cols=333, rank=20, dtype=torch.bfloat16)
-    x, *_, A, B, scaling = forward
     results, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            y, dx, dA, dB = dy.clone(), x.clone(), torch.empty_like(A), torch.empty_like(B)
-            native.cpu._lora_forward(x, A, B, scaling, y)
-            native.cpu._lora_backward(dy, x, A, B, scaling, dA, dB, dx)
-            results.append((y, dx, dA, dB))
+            results.append((FORWARD(*forward), *BACKWARD(*backward_arguments(forward, dy))))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
         for a, b in zip(other, results[0], strict=True):
             assert_bits_equal(a, b)
-    last = dy[-1:].clone()
-    native.cpu._lora_forward(x[-1:].contiguous(), A, B, scaling, last)
-    assert_bits_equal(last, results[0][0][-1:])
+    x, *rest = forward
+    assert_bits_equal(FORWARD(x[-40:], *rest), results[0][0][-40:])
 
 
-@needs_thin_kernel
-def test_thin_products_pass_on_infinity_and_nan():
+@needs_lora_kernel
+@pytest.mark.parametrize("tokens", [3, 35])
+def test_infinity_and_nan_are_passed_on(tokens):
     """To the outputs they belong to, and to no other: padding must not turn them into NaN."""
-    (x, *rest), dy = problem(3, rows=33, cols=35, rank=3, dtype=torch.bfloat16, bias=False)
-    A, B = rest[-3].abs(), rest[-2].abs()
-    x, y, dA, dB = x.abs(), torch.zeros_like(dy), torch.empty_like(A), torch.empty_like(B)
+    (x, *weight, rows, _, A, B, _), dy = problem(tokens, rows=33, cols=35, rank=3, dtype=torch.bfloat16, bias=False)
+    A, B, x, dy, others = A.abs(), B.abs(), x.abs(), dy.abs(), [t for t in range(tokens) if t != 1]
+    weight[0] = torch.full_like(weight[0], 0xFF)  # +1 everywhere: no two signs meet
     x[1, 34] = torch.inf
-    native.cpu._lora_forward(x, A, B, 1.0, y)
-    assert y[1].isinf().all() and y[[0, 2]].isfinite().all()
-    native.cpu._lora_backward(dy.abs(), x, A, B, 1.0, dA, dB, None)
+    y = FORWARD(x, *weight, rows, None, A, B, 1.0)
+    assert y[1].isinf().all() and y[others].isfinite().all()
+    _, dA, dB = BACKWARD(dy, x, *weight, A, B, 1.0, True)
     assert dA[:, 34].isinf().all() and dA[:, :34].isfinite().all() and dB.isinf().all()
     x[1, 34] = torch.nan
-    native.cpu._lora_forward(x, A, B, 1.0, y.zero_())
-    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+    y = FORWARD(x, *weight, rows, None, A, B, 1.0)
+    assert y[1].isnan().all() and y[others].isfinite().all()
 
 
-@needs_thin_kernel
+@needs_lora_kernel
 def test_an_adapter_of_the_wrong_shape_is_refused():
     (x, *rest, A, B, scaling), dy = problem(3, dtype=torch.bfloat16)
     for a, b in ((A[:, 1:], B), (A, B[1:]), (A[1:], B), (A, B.T)):

@@ -459,17 +459,40 @@ class CpuBackend(CpuLinear, Backend):
     def _dequantize_region(self, weight, region, out) -> None:
         self._call(self._c.dequantize_region, out.device, *weight, *region, out.data_ptr(), DTYPE[out.dtype])
 
-    def _can_lora(self, dtype, rank) -> bool:
-        return dtype in DTYPE and self._c.can_lora(DTYPE[dtype], rank)
+    def _can_lora(self, x, lora_A, lora_B) -> bool:
+        sizes = x.numel() and len(lora_B)
+        return bool(sizes) and x.dtype in DTYPE and self._c.can_lora(DTYPE[x.dtype], len(lora_A))
 
-    def _lora_forward(self, x, lora_A, lora_B, scaling, y) -> None:
-        adapter = _adapter(x.shape[-1], y.shape[-1], lora_A, lora_B, scaling)
-        self._call(self._c.lora_forward, x.device, x.data_ptr(), len(x), *adapter, y.data_ptr())
+    def _lora_forward(self, x, weight, out_features, bias, lora_A, lora_B, scaling) -> torch.Tensor:
+        """y (tokens, out) of x (tokens, in); A and B contiguous, float32 or of the dtype of x."""
+        x, (tokens, in_features) = self._check_input("x", x).contiguous(), x.shape
+        arguments, kept = self._weight(*weight, out_features, in_features)
+        bias = None if bias is None else self._check_bias(bias, x, out_features)
+        adapter = _adapter(in_features, out_features, lora_A, lora_B, scaling)
+        y = x.new_empty(tokens, out_features)
+        self._call(
+            self._c.lora_linear_4bit_forward,
+            x.device,
+            *(x.data_ptr(), DTYPE[x.dtype], tokens, *arguments, 0 if bias is None else bias.data_ptr()),
+            *(*adapter, y.data_ptr()),
+        )
+        return y
 
-    def _lora_backward(self, dy, x, lora_A, lora_B, scaling, dA, dB, dx) -> None:
-        adapter = _adapter(x.shape[-1], dy.shape[-1], lora_A, lora_B, scaling)
-        outputs = dA.data_ptr(), dB.data_ptr(), 0 if dx is None else dx.data_ptr()
-        self._call(self._c.lora_backward, x.device, dy.data_ptr(), x.data_ptr(), len(x), *adapter, *outputs)
+    def _lora_backward(self, dy, x, weight, lora_A, lora_B, scaling, need_dx) -> tuple:
+        """(dx (tokens, in) or empty, dA, dB), in the dtypes of x, A and B."""
+        dy, x = self._check_input("dy", dy).contiguous(), self._check_input("x", x).contiguous()
+        (tokens, in_features), out_features = x.shape, dy.shape[-1]
+        arguments, kept = self._weight(*weight, out_features, in_features)
+        adapter = _adapter(in_features, out_features, lora_A, lora_B, scaling)
+        dx = x.new_empty(tokens, in_features) if need_dx else x.new_empty(0)
+        outputs = torch.empty_like(lora_A), torch.empty_like(lora_B)
+        self._call(
+            self._c.lora_linear_4bit_backward,
+            x.device,
+            *(dy.data_ptr(), x.data_ptr(), DTYPE[x.dtype], tokens, *arguments, *adapter),
+            *(*(out.data_ptr() for out in outputs), dx.data_ptr() if need_dx else 0),
+        )
+        return dx, *outputs
 
     def _check_input(self, name, x):
         self._check_device(x.device)

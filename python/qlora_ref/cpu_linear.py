@@ -31,7 +31,9 @@ class CpuLinear:
     _local = threading.local()
     _can_forward: Callable[..., bool]
     _can_backward: Callable[..., bool]
-    _can_lora: Callable[[torch.dtype, int], bool]
+    _can_lora: Callable[..., bool]
+    _lora_forward: Callable[..., torch.Tensor]
+    _lora_backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
     def linear_4bit_forward(self, x, *args):
         """y (..., out) = x (..., in) W'^T + bias, in the dtype of x."""
@@ -68,11 +70,12 @@ class CpuLinear:
     def lora_linear_4bit(self, x, *args):
         """y (..., out) = x W'^T + bias + scaling (x A^T) B^T."""
         *weight, out_features, bias, lora_A, lora_B, scaling = args
-        y = self.linear_4bit_forward(x, *weight, out_features, bias)
         x2 = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        if self._thin_kernel(x2, lora_A):
-            self._lora_forward(x2.contiguous(), _as_stored(lora_A, x), _as_stored(lora_B, x), scaling, y)
-            return y
+        if self._can_lora(x2, lora_A, lora_B):
+            A, B = _as_stored(lora_A, x), _as_stored(lora_B, x)
+            y = self._lora_forward(x2, weight, out_features, bias, A, B, scaling)
+            return y.view(*x.shape[:-1], out_features)
+        y = self.linear_4bit_forward(x, *weight, out_features, bias)
         u = _thin(lora_A.to(x.dtype), x2.T, scaling)  # (rank, tokens)
         y.view(len(x2), out_features).addmm_(u.T, lora_B.T.to(x.dtype, memory_format=torch.contiguous_format))
         return y
@@ -82,12 +85,10 @@ class CpuLinear:
         *weight, lora_A, lora_B, scaling, need_dx = args
         tokens = x.shape[:-1].numel()
         dy2, x2 = dy.reshape(tokens, dy.shape[-1]), x.reshape(tokens, x.shape[-1])
-        if self._thin_kernel(x2, lora_A) and dy.dtype == x.dtype:
-            dx = self.linear_4bit_backward(dy2, *weight, x.shape[-1]).view(x.shape) if need_dx else None
+        if self._can_lora(x2, lora_A, lora_B) and dy.dtype == x.dtype:
             A, B = _as_stored(lora_A, x), _as_stored(lora_B, x)
-            dA, dB = torch.empty_like(A), torch.empty_like(B)
-            self._lora_backward(dy2.contiguous(), x2.contiguous(), A, B, scaling, dA, dB, dx)
-            return dy.new_empty(0) if dx is None else dx, dA.to(lora_A.dtype), dB.to(lora_B.dtype)
+            dx, dA, dB = self._lora_backward(dy2, x2, weight, A, B, scaling, need_dx)
+            return dx.view(x.shape) if need_dx else dx, dA.to(lora_A.dtype), dB.to(lora_B.dtype)
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         v, u = _thin(B.T, dy2.T, scaling), _thin(A, x2.T, scaling)  # both (rank, tokens)
         dA, dB = (v @ x2).to(lora_A.dtype), torch.empty_like(lora_B).copy_((u @ dy2).T)
@@ -95,9 +96,6 @@ class CpuLinear:
             return dy.new_empty(0), dA, dB
         dx = self.linear_4bit_backward(dy2, *weight, x.shape[-1]).addmm_(v.T, A)
         return dx.view(x.shape), dA, dB
-
-    def _thin_kernel(self, x2: torch.Tensor, lora_A: torch.Tensor) -> bool:
-        return x2.numel() > 0 and self._can_lora(x2.dtype, lora_A.shape[0])
 
     def _panels(self, weight, dtype, rows, cols, by_rows):
         """(first, count, panel): rows first .. first + count of W' as (count, cols), or columns as (rows, count)."""

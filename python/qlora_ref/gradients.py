@@ -36,15 +36,15 @@ def _linear_backward(ctx, dy):
 def _save_lora_linear(ctx, inputs):
     x, *weight = inputs[: 1 + WEIGHT_ARGS]
     *_, lora_A, lora_B, ctx.scaling = inputs
-    ctx.save_for_backward(x, *weight[:4], lora_A, lora_B)
-    ctx.spec = weight[4:]
+    ctx.save_for_backward(x, lora_A, lora_B)
+    ctx.weight = weight  # frozen, so no saved tensor that checkpointing would count and offloading move at every layer
 
 
 def _lora_linear_backward(ctx, dy):
-    x, *weight, lora_A, lora_B = ctx.saved_tensors
+    x, lora_A, lora_B = ctx.saved_tensors
     need_dx = ctx.needs_input_grad[0]
     dx, dA, dB = torch.ops.qlora_ref.lora_linear_4bit_backward(
-        dy, x, *weight, *ctx.spec, lora_A, lora_B, ctx.scaling, need_dx
+        dy, x, *ctx.weight, lora_A, lora_B, ctx.scaling, need_dx
     )
     dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2 + WEIGHT_ARGS] else None
     return dx if need_dx else None, *[None] * WEIGHT_ARGS, None, dbias, dA, dB, None

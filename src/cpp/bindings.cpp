@@ -170,18 +170,22 @@ void bind_cpu(py::module_ m) {
                       DType(dtype));
   });
   m.def("can_lora", [](int dtype, int64_t rank) { return can_lora(DType(dtype), rank); });
-  m.def("lora_forward", [](Address x, int64_t tokens, LORA_PARAMETERS, Address y, int threads) {
+  m.def("lora_linear_4bit_forward", [](Address x, int dtype, int64_t tokens, WEIGHT_PARAMETERS, Address bias,
+                                       LORA_PARAMETERS, Address y, int threads) {
+    auto w = WEIGHT;
     py::gil_scoped_release release;
     set_num_threads(threads);
-    lora_forward(pointer<void>(x), tokens, LORA, pointer<void>(y));
+    lora_linear_4bit_forward(pointer<void>(x), DType(dtype), tokens, w.weight, w.codebook, pointer<void>(bias), LORA,
+                             pointer<void>(y));
   });
-  m.def("lora_backward",
-        [](Address dy, Address x, int64_t tokens, LORA_PARAMETERS, Address dA, Address dB, Address dx, int threads) {
-          py::gil_scoped_release release;
-          set_num_threads(threads);
-          lora_backward(pointer<void>(dy), pointer<void>(x), tokens, LORA,
-                        {pointer<void>(dA), pointer<void>(dB), pointer<void>(dx)});
-        });
+  m.def("lora_linear_4bit_backward", [](Address dy, Address x, int dtype, int64_t tokens, WEIGHT_PARAMETERS,
+                                        LORA_PARAMETERS, Address dA, Address dB, Address dx, int threads) {
+    auto w = WEIGHT;
+    py::gil_scoped_release release;
+    set_num_threads(threads);
+    lora_linear_4bit_backward(pointer<void>(dy), pointer<void>(x), DType(dtype), tokens, w.weight, w.codebook, LORA,
+                              {pointer<void>(dA), pointer<void>(dB), pointer<void>(dx)});
+  });
   m.def("adamw", [](const py::bytes& packed, int dtype, ADAMW_SCALARS, int order, int threads) {
     auto runs = pieces<AdamWPiece>(packed);
     py::gil_scoped_release release;

@@ -54,18 +54,20 @@ void linear_4bit_backward(const void* dy, DType dtype, int64_t m, const Weight4b
 void dequantize_region(const Weight4bit& weight, const Codebook& codebook, int64_t first_row, int64_t rows,
                        int64_t first_col, int64_t cols, void* out, DType dtype);
 
-// --- LoRA (reference/linear.py), the thin products, only where can_... says so ---------------------------------------
-// A and B are rounded to the dtype of x (bf16 is the only one yet), u = scaling x A^T and v = scaling dy B is stored in
-// it, float32 accumulation, one rounding of every output.
+// --- LoRA (reference/linear.py), only where can_... says so; the linear layer must be possible too ----------------------
+// A and B are rounded to `dtype` (bf16 is the only one yet), u = scaling x A^T and v = scaling dy B are stored in it,
+// float32 accumulation, one rounding of every output.
 
 bool can_lora(DType dtype, int64_t rank);
-// y (m, out) += u B^T, in place
-void lora_forward(const void* x, int64_t m, const Lora& lora, void* y);
-// dA (rank, in) = v^T x, dB (out, rank) = dy^T u in the dtypes of A and B; dx (m, in) += v A, in place, if there is one
+// y (m, out) = x W'^T + bias + u B^T
+void lora_linear_4bit_forward(const void* x, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
+                              const void* bias, const Lora& lora, void* y);
+// dA (rank, in) = v^T x, dB (out, rank) = dy^T u in the dtypes of A and B; dx (m, in) = dy W' + v A, or null
 struct LoraGradients {
   void *dA, *dB, *dx;
 };
-void lora_backward(const void* dy, const void* x, int64_t m, const Lora& lora, const LoraGradients& out);
+void lora_linear_4bit_backward(const void* dy, const void* x, DType dtype, int64_t m, const Weight4bit& weight,
+                               const Codebook& codebook, const Lora& lora, const LoraGradients& out);
 
 // --- AdamW (reference/adamw.py): `count` runs of elements in one call, updated in place -------------------------------
 

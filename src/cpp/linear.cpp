@@ -1,9 +1,7 @@
 // y = x W'^T + bias: few tokens here, which cuts the rows into pieces, one thread each; many in product.cpp. The loops are
 // the variant's.
-#include "kernels.h"
 #include "parallel.h"
 #include "product.h"
-#include "variant.h"
 
 namespace qlora {
 namespace {
@@ -35,15 +33,8 @@ struct Memory {
   }
 };
 
-}  // namespace
-
-bool can_linear_4bit_forward(DType dtype, int64_t m, int64_t cols, int64_t block_size) {
-  return few(dtype, m, cols, block_size) || can_product(dtype, cols);
-}
-
-void linear_4bit_forward(const void* x, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
-                         const void* bias, void* y) {
-  if (!few(dtype, m, weight.cols, weight.block_size)) return product(x, dtype, m, weight, codebook, bias, y, true);
+void linear_of_few(const void* x, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
+                   const void* bias, void* y) {
   const Variant& isa = variant();
   const int64_t stride = (weight.cols + kStepMax - 1) / kStepMax * kStepMax * isa.linear_x_bytes[int(dtype)];
   std::vector<CacheLine> prepared(size_t(m * stride / 64));
@@ -62,6 +53,26 @@ void linear_4bit_forward(const void* x, DType dtype, int64_t m, const Weight4bit
                           reinterpret_cast<char*>(memory.chunk.data())};
     isa.linear_rows[int(dtype)](call, scratch, begin, end);
   });
+}
+
+}  // namespace
+
+bool can_linear_4bit_forward(DType dtype, int64_t m, int64_t cols, int64_t block_size) {
+  return few(dtype, m, cols, block_size) || can_product(dtype, cols);
+}
+
+void linear_4bit_forward(const void* x, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
+                         const void* bias, void* y, const ProductMore& more) {
+  if (!few(dtype, m, weight.cols, weight.block_size)) {
+    product(x, dtype, m, weight, codebook, bias, y, true, more);
+    return;
+  }
+  linear_of_few(x, dtype, m, weight, codebook, bias, y);
+  if (more.depth) add_product(dtype, m, weight.rows, y, more);
+}
+void linear_4bit_forward(const void* x, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
+                         const void* bias, void* y) {
+  linear_4bit_forward(x, dtype, m, weight, codebook, bias, y, {});
 }
 
 }  // namespace qlora

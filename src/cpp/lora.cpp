@@ -1,7 +1,9 @@
-// The thin products of LoRA: packs the adapter, then cuts tokens or features into pieces, one thread each. Every output
-// belongs to one piece, so no result depends on the number of threads.
+// LoRA: packs the adapter, then cuts tokens or features into pieces, one thread each. The way up from the ranks is a second
+// term of the sums of the large product (product.cpp). Every output belongs to one piece, so no result depends on the
+// number of threads.
 #include "kernels.h"
 #include "parallel.h"
+#include "product.h"
 #include "variant.h"
 
 namespace qlora {
@@ -19,18 +21,16 @@ struct Memory {
     return lines.data();
   }
 };
-enum Part { kDownA, kUpA, kDownB, kUpB, kU, kV, kParts };
+enum Part { kDownA, kUpA, kDownB, kUpB, kU, kV, kVRows, kParts };
 
 Memory& memory(Part part) {
   static thread_local Memory of_this_thread[kParts];
   return of_this_thread[part];
 }
 
-int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-int64_t strips(int64_t features) { return (features + kLoraStrip - 1) / kLoraStrip; }
-int64_t packed_bytes(int64_t rank, int64_t features) {
-  return round_up(rank, kLoraGroup) * strips(features) * kLoraStrip * 2;
-}
+int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+int64_t padded(int64_t rank) { return parts(rank, kLoraGroup) * kLoraGroup; }
+int64_t panels(int64_t features) { return parts(features, kPanelFeatures); }
 
 // How many pieces make about 8 us (see parallel.h), if one is `products` multiplications.
 int64_t grain(int64_t products) { return std::max<int64_t>(1, 600000 / std::max<int64_t>(1, products)); }
@@ -42,16 +42,16 @@ struct Adapter {
   Adapter(const Lora& lora, bool down_a, bool up_a, bool down_b, bool up_b)
       : a(packing(lora.A, lora.A_dtype, lora.rank, lora.in, true, down_a, up_a)),
         b(packing(lora.B, lora.B_dtype, lora.rank, lora.out, false, down_b, up_b)) {
-    const int64_t of_a = strips(lora.in), all = of_a + strips(lora.out);
+    const int64_t of_a = a.down || a.up ? panels(lora.in) : 0, all = of_a + (b.down || b.up ? panels(lora.out) : 0);
     const auto pack = variant().lora.pack;
-    parallel_for(all, grain(round_up(lora.rank, kLoraGroup) * kLoraStrip * 10), [&](int64_t begin, int64_t end) {
+    parallel_for(all, grain(padded(lora.rank) * kPanelFeatures * 10), [&](int64_t begin, int64_t end) {
       if (begin < of_a) pack(a, begin, std::min(end, of_a));
       if (end > of_a) pack(b, std::max(begin, of_a) - of_a, end - of_a);
     });
   }
   static LoraPacking packing(const void* matrix, DType dtype, int64_t rank, int64_t features, bool rank_rows, bool down,
                              bool up) {
-    const int64_t bytes = packed_bytes(rank, features);
+    const int64_t bytes = padded(rank) * panels(features) * kPanelFeatures * 2;
     return {matrix,
             dtype,
             rank,
@@ -64,9 +64,12 @@ struct Adapter {
 
 void run(const LoraTokens& call) {
   const auto tokens = variant().lora.tokens;
-  const int64_t features = call.in + (call.y ? call.out : 0);
-  const int64_t blocks = grain(round_up(call.rank, kLoraGroup) * features * kLoraTokens);
+  const int64_t blocks = grain(padded(call.rank) * call.in * kLoraTokens);
   parallel_for(call.m, blocks * kLoraTokens, [&](int64_t begin, int64_t end) { tokens(call, begin, end); });
+}
+
+ProductMore up(const void* middle, const Lora& lora, const void* panel) {
+  return {middle, padded(lora.rank) * 2, padded(lora.rank), panel};
 }
 
 }  // namespace
@@ -75,26 +78,32 @@ bool can_lora(DType dtype, int64_t rank) {
   return dtype == DType::bf16 && variant().lora.tokens && rank >= 1 && rank <= kLoraRank;
 }
 
-void lora_forward(const void* x, int64_t m, const Lora& lora, void* y) {
+void lora_linear_4bit_forward(const void* x, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
+                              const void* bias, const Lora& lora, void* y) {
   const Adapter adapter(lora, true, false, false, true);
-  run({x, m, lora.in, lora.rank, lora.scaling, adapter.a.down, nullptr, adapter.b.up, lora.out, y});
+  void* u = memory(kU).reserve(m * padded(lora.rank) * 2);
+  run({x, m, lora.in, lora.rank, lora.scaling, adapter.a.down, u, nullptr});
+  linear_4bit_forward(x, dtype, m, weight, codebook, bias, y, up(u, lora, adapter.b.up));
 }
 
-void lora_backward(const void* dy, const void* x, int64_t m, const Lora& lora, const LoraGradients& out) {
+void lora_linear_4bit_backward(const void* dy, const void* x, DType dtype, int64_t m, const Weight4bit& weight,
+                               const Codebook& codebook, const Lora& lora, const LoraGradients& out) {
   const Adapter adapter(lora, true, out.dx != nullptr, true, false);
-  const int64_t bytes = round_up(m, 2) * round_up(lora.rank, kLoraGroup) * 2;
+  const int64_t bytes = parts(m, 2) * 2 * padded(lora.rank) * 2;
   void *u = memory(kU).reserve(bytes), *v = memory(kV).reserve(bytes);
-  run({dy, m, lora.out, lora.rank, lora.scaling, adapter.b.down, v, adapter.a.up, lora.in, out.dx});
-  run({x, m, lora.in, lora.rank, lora.scaling, adapter.a.down, u, nullptr, 0, nullptr});
+  void* v_rows = out.dx ? memory(kVRows).reserve(bytes) : nullptr;
+  run({dy, m, lora.out, lora.rank, lora.scaling, adapter.b.down, v_rows, v});
+  run({x, m, lora.in, lora.rank, lora.scaling, adapter.a.down, nullptr, u});
   const LoraGradient dA{x, m, lora.in, lora.rank, v, out.dA, lora.A_dtype, true};
   const LoraGradient dB{dy, m, lora.out, lora.rank, u, out.dB, lora.B_dtype, false};
-  const int64_t of_a = strips(lora.in), all = of_a + strips(lora.out);
+  const int64_t of_a = parts(lora.in, kLoraStrip), all = of_a + parts(lora.out, kLoraStrip);
   const auto gradient = variant().lora.gradient;
-  parallel_for(all, grain(round_up(lora.rank, kLoraGroup) * kLoraStrip * m), [&](int64_t begin, int64_t end) {
+  parallel_for(all, grain(padded(lora.rank) * kLoraStrip * m), [&](int64_t begin, int64_t end) {
     static thread_local std::vector<CacheLine> scratch(kLoraScratchBytes / sizeof(CacheLine));
     if (begin < of_a) gradient(dA, scratch.data(), begin, std::min(end, of_a));
     if (end > of_a) gradient(dB, scratch.data(), std::max(begin, of_a) - of_a, end - of_a);
   });
+  if (out.dx) linear_4bit_backward(dy, dtype, m, weight, codebook, out.dx, up(v_rows, lora, adapter.a.up));
 }
 
 }  // namespace qlora

@@ -41,6 +41,14 @@ void prefetch(const Weight4bit& weight, int64_t first, int64_t count) {
   }
 }
 
+// `more` for the tokens from `token` and the panel from `feature` on.
+ProductMore more_of(ProductMore more, DType dtype, int64_t token, int64_t feature) {
+  const int64_t row = kPanelFeatures * variant().product[int(dtype)].element_bytes;  // of the panels
+  more.x = static_cast<const char*>(more.x) + token * more.x_stride;
+  more.panel = static_cast<const char*>(more.panel) + feature / kPanelFeatures * more.depth * row;
+  return more;
+}
+
 struct Product {
   const Weight4bit& weight;
   const Codebook& codebook;
@@ -50,6 +58,7 @@ struct Product {
   int64_t tokens;
   const void* bias;
   void* y;
+  const ProductMore& more;
 
   const ProductLoops& loops = variant().product[int(dtype)];
   int64_t features = forward ? weight.rows : weight.cols, sum = forward ? weight.cols : weight.rows;
@@ -60,7 +69,7 @@ struct Product {
   void plan() {
     // The rows of a panel of dx are short pieces of rows of the weight: several panels share them.
     const int64_t panels = parts(features, kPanelFeatures);
-    while (!forward && together < kTogether && panels / (2 * together) >= 3 * num_threads()) together *= 2;
+    while (!forward && together < kTogether && panels / (2 * together) >= 6 * num_threads()) together *= 2;
     depth = part(sum, kPanelMemory / kPanelBytes / together * elements);
     panel_bytes = parts(depth, elements * kPanelRows) * kPanelRows * kPanelBytes;
   }
@@ -92,7 +101,7 @@ struct Product {
                         size, panels + p * panel_bytes, sums + p * count * kPanelFeatures, first == 0,
                         first + size == sum, bias ? static_cast<const char*>(bias) + at * esize : nullptr,
                         static_cast<char*>(y) + (token * features + at) * esize, features,
-                        std::min(width - p * kPanelFeatures, kPanelFeatures)});
+                        std::min(width - p * kPanelFeatures, kPanelFeatures), false, more_of(more, dtype, token, at)});
       }
     }
   }
@@ -149,20 +158,36 @@ const void* widened(const ProductLoops& loops, const void* x, int64_t n, Memory&
 bool can_product(DType dtype, int64_t sum) { return variant().product[int(dtype)].multiply && sum > 0; }
 
 void product(const void* x, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
-             const void* bias, void* y, bool forward) {
+             const void* bias, void* y, bool forward, const ProductMore& more) {
   if (m == 0) return;
   static thread_local Memory memory;
-  const int64_t n = m * (forward ? weight.cols : weight.rows);
-  Product product{weight, codebook, dtype, forward, widened(variant().product[int(dtype)], x, n, memory), m, bias, y};
+  const void* read = widened(variant().product[int(dtype)], x, m * (forward ? weight.cols : weight.rows), memory);
+  Product product{weight, codebook, dtype, forward, read, m, bias, y, more};
   product.plan();
   product.run();
+}
+
+void add_product(DType dtype, int64_t m, int64_t features, void* y, const ProductMore& more) {
+  const ProductLoops& loops = variant().product[int(dtype)];
+  const int64_t grain = std::max<int64_t>(1, 600000 / std::max<int64_t>(1, m * more.depth * kPanelFeatures));
+  parallel_for(parts(features, kPanelFeatures), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin * kPanelFeatures; at < std::min(features, end * kPanelFeatures); at += kPanelFeatures) {
+      loops.multiply({nullptr, 0, m, 0, nullptr, nullptr, true, true, nullptr,
+                      static_cast<char*>(y) + at * element_size(dtype), features,
+                      std::min(features - at, kPanelFeatures), true, more_of(more, dtype, 0, at)});
+    }
+  });
 }
 
 bool can_linear_4bit_backward(DType dtype, int64_t rows) { return can_product(dtype, rows); }
 
 void linear_4bit_backward(const void* dy, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
+                          void* dx, const ProductMore& more) {
+  product(dy, dtype, m, weight, codebook, nullptr, dx, false, more);
+}
+void linear_4bit_backward(const void* dy, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
                           void* dx) {
-  product(dy, dtype, m, weight, codebook, nullptr, dx, false);
+  linear_4bit_backward(dy, dtype, m, weight, codebook, dx, {});
 }
 
 }  // namespace qlora

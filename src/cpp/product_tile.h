@@ -61,6 +61,10 @@ void product_tile(const ProductPiece& piece, int64_t token) {
       add_half_row<Lanes, R>(sum, x + 4 * end, piece.x_stride, panel + end * kPanelBytes);
     }
     const bool first = piece.first && row == 0, last = piece.last && end == whole;
+    if (last && piece.more.depth) {
+      add_rows<Lanes, R>(sum, static_cast<const char*>(piece.more.x) + token * piece.more.x_stride, piece.more.x_stride,
+                         static_cast<const char*>(piece.more.panel), piece.more.depth / Lanes::kElements);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8

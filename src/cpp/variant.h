@@ -65,6 +65,12 @@ constexpr int64_t kPanelFeatures = 64;
 constexpr int64_t kPanelRows = 16;       // decoded rows that are packed together
 constexpr int64_t kPanelBytes = 64 * 4;  // a row of a panel
 
+// A second term of the sum: more_x (tokens, depth) more_panel. The whole of it belongs to the last part.
+struct ProductMore {
+  const void* x;
+  int64_t x_stride, depth;
+  const void* panel;
+};
 // y (tokens, features) = x panel + bias for one panel, or a part of the sum of it.
 struct ProductPiece {
   const void* x;
@@ -76,6 +82,8 @@ struct ProductPiece {
   const void* bias;  // or null
   void* y;
   int64_t y_stride, features;  // elements; at most 64 features
+  bool onto;                   // y += instead
+  ProductMore more;
 };
 struct ProductLoops {
   int element_bytes;  // of x
@@ -91,7 +99,7 @@ struct ProductLoops {
 // --- LoRA: 2 bytes an element, float32 sums ---
 
 constexpr int64_t kLoraGroup = 16;   // ranks: packed adapters are padded to whole groups
-constexpr int64_t kLoraStrip = 32;   // features, likewise
+constexpr int64_t kLoraStrip = 32;   // features whose gradients are computed together
 constexpr int64_t kLoraTokens = 6;   // that share a packed adapter
 constexpr int64_t kLoraRank = 256;   // at most
 constexpr int64_t kLoraChunk = 256;  // tokens of a strip that stay in the first-level cache
@@ -106,16 +114,14 @@ struct LoraPacking {
   void* down;  // for sums over features, or null
   void* up;    // for sums over ranks, or null
 };
-// middle (m, rank) = scaling x down^T, stored in pairs of tokens if `pairs` is given; y (m, out) += middle up^T, if given
+// middle = scaling x down^T in bf16, zeros behind the rank up to a whole group: as `rows` (m, ranks), and as `pairs` of
+// tokens (ceil(m / 2), ranks, 2), where given
 struct LoraTokens {
   const void* x;
   int64_t m, in, rank;
   float scaling;
   const void* down;
-  void* pairs;
-  const void* up;
-  int64_t out;
-  void* y;
+  void *rows, *pairs;
 };
 // gradient (rank, features) = middle^T x, or its transpose
 struct LoraGradient {
@@ -127,7 +133,7 @@ struct LoraGradient {
   bool rank_rows;
 };
 struct LoraLoops {
-  void (*pack)(const LoraPacking& packing, int64_t begin, int64_t end);                   // strips
+  void (*pack)(const LoraPacking& packing, int64_t begin, int64_t end);                   // panels of 64 features
   void (*tokens)(const LoraTokens& call, int64_t begin, int64_t end);                     // begin is even
   void (*gradient)(const LoraGradient& call, void* scratch, int64_t begin, int64_t end);  // strips
 };

@@ -405,6 +405,7 @@ struct F32Product {
     for (int v = 0; v < 4; ++v) {
       const auto mask = __mmask16(first_bits(piece.features - 16 * v));
       __m512 value = bias ? _mm512_add_ps(sum[v], load16(bias + 16 * v, mask)) : sum[v];
+      if (piece.onto) value = _mm512_add_ps(value, load16(y + 16 * v, mask));
       store16(y + 16 * v, mask, value);
     }
   }

@@ -120,15 +120,12 @@ struct BF16Product {
   }
   // 64 features of two rows, in pairs
   static QLORA_INLINE void interleave(const char* rows, int64_t first, int64_t stride, char* out) {
-    alignas(64) static constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                      8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       __m512i a = _mm512_loadu_si512(rows + 2 * (first + 32 * half));
       __m512i b = _mm512_loadu_si512(rows + 2 * (first + stride + 32 * half));
-      _mm512_store_si512(out + 128 * half, _mm512_permutex2var_epi16(a, low, b));
-      _mm512_store_si512(out + 128 * half + 64, _mm512_permutex2var_epi16(a, high, b));
+      _mm512_store_si512(out + 128 * half, pairs_of_words(a, b, 0));
+      _mm512_store_si512(out + 128 * half + 64, pairs_of_words(a, b, 1));
     }
   }
   static QLORA_INLINE void store(const ProductPiece& piece, int64_t token, const __m512* sum) {
@@ -138,13 +135,14 @@ struct BF16Product {
     for (int half = 0; half < 2; ++half) {
       const __mmask32 mask = first_bits(piece.features - 32 * half);
       __m512 low = sum[2 * half], high = sum[2 * half + 1];
-      if (bias) {
-        __m512i words = _mm512_maskz_loadu_epi16(mask, bias + 32 * half);
-        low = _mm512_add_ps(low, widen(_mm512_castsi512_si256(words)));
-        high = _mm512_add_ps(high, widen(_mm512_extracti64x4_epi64(words, 1)));
-      }
+      if (bias) add_words(low, high, _mm512_maskz_loadu_epi16(mask, bias + 32 * half));
+      if (piece.onto) add_words(low, high, _mm512_maskz_loadu_epi16(mask, y + 32 * half));
       _mm512_mask_storeu_epi16(y + 32 * half, mask, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
     }
+  }
+  static QLORA_INLINE void add_words(__m512& low, __m512& high, __m512i words) {
+    low = _mm512_add_ps(low, widen(_mm512_castsi512_si256(words)));
+    high = _mm512_add_ps(high, widen(_mm512_extracti64x4_epi64(words, 1)));
   }
   static QLORA_INLINE __m512 widen(__m256i words) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));

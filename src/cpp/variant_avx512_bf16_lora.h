@@ -2,9 +2,9 @@
 // broadcast. So the packed adapter has neither a horizontal sum nor a rest: it is padded with zeros.
 //
 //   down      sums over features: a pair is two features, lanes are 16 ranks
-//   up        sums over ranks: a pair is two ranks, lanes are 16 features
 //   gradient  sums over tokens: a pair is two tokens, lanes are 16 features
 //
+// The way up, from the ranks to the features, is a part of the large product (product_tile.h).
 // Included by variant_avx512_bf16.cpp, in its unnamed namespace.
 #pragma once
 #include "variant_avx512_bf16_lora_pack.h"
@@ -16,7 +16,7 @@ QLORA_INLINE __m512bh broadcast_pair(const uint16_t* p) {
   return as_pairs(_mm512_set1_epi32(pair));
 }
 
-// --- down and up: T tokens ------------------------------------------------------------------------------------------------
+// --- down: T tokens -------------------------------------------------------------------------------------------------------
 
 // 16 ranks of T tokens. Two sums each: one would wait for itself.
 template <int T>
@@ -46,47 +46,11 @@ QLORA_INLINE void down_product(const uint16_t* x, int64_t in, const __m512i* w, 
   for (int t = 0; t < T; ++t) out[t] = _mm512_add_ps(sum[t][0], sum[t][1]);
 }
 
-// y (T rows) += middle times the packed strips
-template <int T>
-QLORA_INLINE void up_product(const LoraTokens& call, const uint16_t (*middle)[kLoraRank], uint16_t* y) {
-  const int64_t groups = (call.rank + kLoraGroup - 1) / kLoraGroup;
-  alignas(64) static constexpr uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i interleave = _mm512_load_si512(kInterleave), upper = _mm512_set1_epi32(int(0xffff0000u));
-  auto* w = static_cast<const __m512i*>(call.up);
-  for (int64_t first = 0; first < call.out; first += kLoraStrip, w += 16 * groups) {
-    const __mmask32 mask = first_bits(call.out - first);
-    __m512 even[T], odd[T];
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-      __m512i old = _mm512_maskz_loadu_epi16(mask, y + t * call.out + first);
-      even[t] = _mm512_castsi512_ps(_mm512_slli_epi32(old, 16));
-      odd[t] = _mm512_castsi512_ps(_mm512_and_si512(old, upper));
-    }
-    for (int64_t p = 0; 2 * p < call.rank; ++p) {
-      __m512bh w_even = as_pairs(w[2 * p]), w_odd = as_pairs(w[2 * p + 1]);
-#pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) {
-        __m512bh pair = broadcast_pair(&middle[t][2 * p]);
-        even[t] = _mm512_dpbf16_ps(even[t], w_even, pair);
-        odd[t] = _mm512_dpbf16_ps(odd[t], w_odd, pair);
-      }
-    }
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-      auto halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd[t], even[t]));
-      _mm512_mask_storeu_epi16(y + t * call.out + first, mask, _mm512_permutexvar_epi16(interleave, halves));
-    }
-  }
-}
-
 // T tokens from `token` on, an even one: then pairs are whole, but for that of the last token.
 template <int T>
 void token_block(const LoraTokens& call, int64_t token) {
   const int64_t groups = (call.rank + kLoraGroup - 1) / kLoraGroup;
-  const int64_t w_group = (call.in + kLoraStrip - 1) / kLoraStrip * 16;
-  alignas(64) uint16_t middle[T][kLoraRank];
+  const int64_t w_group = (call.in + kPanelFeatures - 1) / kPanelFeatures * 32;
   for (int64_t g = 0; g < groups; ++g) {
     __m512 sum[T];
     down_product<T>(static_cast<const uint16_t*>(call.x) + token * call.in, call.in,
@@ -97,7 +61,7 @@ void token_block(const LoraTokens& call, int64_t token) {
     for (int t = 0; t < T; ++t) {
       __m512 scaled = _mm512_mul_ps(sum[t], _mm512_set1_ps(call.scaling));
       auto rounded = reinterpret_cast<__m256i>(_mm512_maskz_cvtneps_pbh(ranks, scaled));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(&middle[t][16 * g]), rounded);
+      if (call.rows) static_cast<__m256i*>(call.rows)[(token + t) * groups + g] = rounded;
       wide[t] = _mm512_cvtepu16_epi32(rounded);
     }
     if (!call.pairs) continue;
@@ -106,7 +70,6 @@ void token_block(const LoraTokens& call, int64_t token) {
           _mm512_or_si512(wide[t], _mm512_slli_epi32(wide[t + 1], 16));
     }
   }
-  if (call.y) up_product<T>(call, middle, static_cast<uint16_t*>(call.y) + token * call.out);
 }
 
 void lora_tokens(const LoraTokens& call, int64_t begin, int64_t end) {

@@ -1,8 +1,7 @@
-// An adapter in the order of the thin products of LoRA (variant_avx512_bf16_lora.h), padded with zeros.
+// An adapter in the order of the products of LoRA (variant_avx512_bf16_lora.h), padded with zeros.
 //
 //   down  lanes are 16 ranks, a pair is two features; [group of ranks][pair of features][16]
-//   up    lanes are 16 features of a strip, the even ones and then the odd ones, a pair is two ranks;
-//         [strip][pair of ranks][even, odd][16]
+//   up    rows of a panel of product_tile.h: lanes are 64 features, a pair is two ranks; [panel][pair of ranks][64]
 #pragma once
 #include "variant_avx512_transpose.h"
 
@@ -20,15 +19,7 @@ QLORA_INLINE __m512i load_rounded(const void* matrix, int64_t first, int64_t n) 
   }
 }
 
-// The pairs (low[i], high[i]) of the even and of the odd i.
-QLORA_INLINE __m512i even_pairs(__m512i low, __m512i high) {
-  return _mm512_mask_blend_epi16(0xaaaaaaaau, low, _mm512_slli_epi32(high, 16));
-}
-QLORA_INLINE __m512i odd_pairs(__m512i low, __m512i high) {
-  return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(low, 16), high);
-}
-
-// 16 ranks of a strip, from (rank, features)
+// 16 ranks of half a panel, from (rank, features)
 template <DType dtype>
 QLORA_INLINE void pack_rank_rows(const LoraPacking& p, int64_t rank, int64_t feature, __m512i* down, __m512i* up) {
   __m512i row[16];
@@ -38,8 +29,8 @@ QLORA_INLINE void pack_rank_rows(const LoraPacking& p, int64_t rank, int64_t fea
   }
   if (up) {
     for (int i = 0; i < 8; ++i) {
-      up[2 * i] = even_pairs(row[2 * i], row[2 * i + 1]);
-      up[2 * i + 1] = odd_pairs(row[2 * i], row[2 * i + 1]);
+      up[4 * i] = pairs_of_words(row[2 * i], row[2 * i + 1], 0);
+      up[4 * i + 1] = pairs_of_words(row[2 * i], row[2 * i + 1], 1);
     }
   }
   if (down) {
@@ -52,45 +43,45 @@ QLORA_INLINE void pack_rank_rows(const LoraPacking& p, int64_t rank, int64_t fea
 template <DType dtype>
 QLORA_INLINE void pack_rank_columns(const LoraPacking& p, int64_t rank, int64_t feature, __m512i* down, __m512i* up) {
   const int64_t ranks = p.rank - rank < 16 ? p.rank - rank : 16;
-  __m512i row[16];  // an even feature's 16 ranks, then the odd one's
-  for (int i = 0; i < 16; ++i) {
-    __m512i half[2];
-    for (int odd = 0; odd < 2; ++odd) {
-      int64_t f = feature + 2 * i + odd;
-      half[odd] = load_rounded<dtype>(p.matrix, f * p.rank + rank, f < p.features ? ranks : 0);
-    }
-    if (down) {
-      __m512i even = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(half[0]));
-      __m512i odd = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(half[1]));
+  __m256i column[32];  // 16 ranks of a feature
+  for (int i = 0; i < 32; ++i) {
+    const int64_t f = feature + i;
+    column[i] = _mm512_castsi512_si256(load_rounded<dtype>(p.matrix, f * p.rank + rank, f < p.features ? ranks : 0));
+  }
+  if (down) {
+    for (int i = 0; i < 16; ++i) {
+      __m512i even = _mm512_cvtepu16_epi32(column[2 * i]), odd = _mm512_cvtepu16_epi32(column[2 * i + 1]);
       down[i] = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
     }
-    row[i] = _mm512_inserti64x4(half[0], _mm512_castsi512_si256(half[1]), 1);
   }
   if (up) {
+    __m512i row[16];  // column i of the result: of feature i, then of feature i + 16
+    for (int i = 0; i < 16; ++i) row[i] = _mm512_inserti64x4(_mm512_castsi256_si512(column[i]), column[i + 16], 1);
     transpose16(row);
     for (int i = 0; i < 8; ++i) {
-      up[2 * i] = row[i];
-      up[2 * i + 1] = row[8 + i];
+      up[4 * i] = row[i];
+      up[4 * i + 1] = row[8 + i];
     }
   }
 }
 
 template <DType dtype>
-void pack_strips(const LoraPacking& p, int64_t begin, int64_t end) {
-  const int64_t groups = (p.rank + kLoraGroup - 1) / kLoraGroup, strips = (p.features + kLoraStrip - 1) / kLoraStrip;
-  for (int64_t s = begin; s < end; ++s) {
+void pack_panels(const LoraPacking& p, int64_t begin, int64_t end) {
+  const int64_t groups = (p.rank + kLoraGroup - 1) / kLoraGroup;
+  const int64_t panels = (p.features + kPanelFeatures - 1) / kPanelFeatures;
+  for (int64_t half = 2 * begin; half < 2 * end; ++half) {
     for (int64_t g = 0; g < groups; ++g) {
-      auto* down = p.down ? static_cast<__m512i*>(p.down) + 16 * (g * strips + s) : nullptr;
-      auto* up = p.up ? static_cast<__m512i*>(p.up) + 16 * (s * groups + g) : nullptr;
+      auto* down = p.down ? static_cast<__m512i*>(p.down) + 16 * (g * 2 * panels + half) : nullptr;
+      auto* up = p.up ? static_cast<__m512i*>(p.up) + 32 * (half / 2 * groups + g) + half % 2 * 2 : nullptr;
       if (p.rank_rows) {
-        pack_rank_rows<dtype>(p, kLoraGroup * g, kLoraStrip * s, down, up);
+        pack_rank_rows<dtype>(p, kLoraGroup * g, kPanelFeatures / 2 * half, down, up);
       } else {
-        pack_rank_columns<dtype>(p, kLoraGroup * g, kLoraStrip * s, down, up);
+        pack_rank_columns<dtype>(p, kLoraGroup * g, kPanelFeatures / 2 * half, down, up);
       }
     }
   }
 }
 
 void lora_pack(const LoraPacking& p, int64_t begin, int64_t end) {
-  p.dtype == DType::f32 ? pack_strips<DType::f32>(p, begin, end) : pack_strips<DType::bf16>(p, begin, end);
+  p.dtype == DType::f32 ? pack_panels<DType::f32>(p, begin, end) : pack_panels<DType::bf16>(p, begin, end);
 }

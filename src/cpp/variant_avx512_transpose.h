@@ -1,4 +1,4 @@
-// Include in an unnamed namespace of an AVX-512 variant file.
+// Shuffles between registers that several variants use. Include in an unnamed namespace of an AVX-512 variant file.
 #pragma once
 
 // The low n bits: none if n <= 0, all of them if n is larger than 31.
@@ -31,4 +31,12 @@ QLORA_INLINE void transpose16(__m512i* r) {
     r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
     r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
   }
+}
+
+// The pairs (low[i], high[i]) of words, i from 16 * half on.
+QLORA_INLINE __m512i pairs_of_words(__m512i low, __m512i high, int half) {
+  alignas(64) static constexpr uint16_t kPairs[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i index = _mm512_add_epi16(_mm512_load_si512(kPairs), _mm512_set1_epi16(short(16 * half)));
+  return _mm512_permutex2var_epi16(low, index, high);
 }
