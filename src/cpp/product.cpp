@@ -114,6 +114,7 @@ struct Product {
     for (int64_t lane = 0; lane < kPanelFeatures; lane += kPanelRows) {
       for (int64_t r = 0; r < kPanelRows; ++r) {
         const int64_t filled = lane + r < width ? size : 0;
+        prefetch(weight, (feature + lane + r + 4) * weight.cols + first, size);
         if (filled) {
           dequantize_run(weight, codebook, scales, (feature + lane + r) * weight.cols + first, size, dtype,
                          rows + r * stride * bytes);
