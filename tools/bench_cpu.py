@@ -9,7 +9,8 @@
 
 How it measures. Alternatives take turns, in random order, and the median counts (testing/timing.py). Weights rotate
 through copies that together exceed twice the last-level cache, except where a row says "cached". A floor is what the
-machine itself needs: bytes / the copy or read bandwidth measured here, or flops / the rate of the largest bf16 product.
+machine itself needs: bytes / the copy or read bandwidth measured here, or flops / what its multiply-add instruction can
+do at most (peak_flops.cpp; where that is not known, the rate of torch's bf16 product).
 """
 
 import argparse
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
 import torch
 from torch import nn
 
+from peak_flops import peak
 from qlora_ref import native
 from qlora_ref.nn import Linear4bit, LoRALinear
 from qlora_ref.quantized import QuantConfig, QuantizedTensor
@@ -61,7 +63,8 @@ class Row:
 class Machine:
     read: float = 0.0  # bytes/s, one large tensor
     copy: float = 0.0  # bytes/s, read + written
-    product: float = 0.0  # flop/s, bf16
+    product: float = 0.0  # flop/s, torch's bf16
+    peak: float = 0.0  # flop/s, bf16, the instruction alone
     info: dict = field(default_factory=dict)
 
 
@@ -82,7 +85,8 @@ def measure_machine() -> Machine:
     a, b = torch.randn(1024, 4096).to(BF16), torch.randn(4096, 4096).to(BF16)
     as_int = big.view(torch.int64)
     t = interleaved({"read": as_int.sum, "copy": lambda: out.copy_(big), "product": lambda: a @ b.T}, 5)
-    return Machine(2**27 / t["read"], 2**28 / t["copy"], 2 * 1024 * 4096 * 4096 / t["product"])
+    product = 2 * 1024 * 4096 * 4096 / t["product"]
+    return Machine(2**27 / t["read"], 2**28 / t["copy"], product, peak(torch.get_num_threads()).get(BF16, product))
 
 
 def last_level_cache() -> int:
@@ -183,7 +187,7 @@ def bench_linear(rows: list[Row], machine: Machine, shape, tokens_list, bnb, thr
         for m in tokens_list:
             x = torch.randn(m, shape[1]).to(BF16)
             calls = {key: Rotation(lambda layer, x=x: layer(x), many) for key, many in items.items()}
-            floor = max(n * 0.5159 / machine.read, 2 * m * n / machine.product)
+            floor = max(n * 0.5159 / machine.read, 2 * m * n / machine.peak)
             target = {1: ">= 1.2x bitsandbytes, >= 5x bf16 (14336)", 256: "<= 1.10 of bf16"}.get(m, "")
             target = target or (">= 1x both" if m <= 32 else "")
             result = interleaved(calls, 9 if m >= 64 else 21, 0.3)
@@ -225,7 +229,7 @@ def bench_lora(rows: list[Row], machine: Machine, shape, bnb, threads: int, m: i
     for layer in layers.values():
         layer.train()
     calls = {key: step(layer) for key, layer in layers.items()}
-    floor = 4 * m * weight.numel() / machine.product
+    floor = 4 * m * weight.numel() / machine.peak
     rows.append(Row("forward + backward, LoRA", name(shape), threads, m, interleaved(calls, 5, 0.5), floor,
                     ">= 1.5x bitsandbytes + PEFT"))  # fmt: skip
 
@@ -312,7 +316,7 @@ def markdown(ceilings: dict[int, Machine], info: dict, rows: list[Row], peaks: d
     about = ", ".join(f"{k} {v}" for k, v in info.items())
     measured = "; ".join(
         f"{threads} thread{'s' * (threads > 1)}: read {m.read / 1e9:.0f} GB/s, copy {m.copy / 1e9:.0f} GB/s, bf16 "
-        f"product {m.product / 1e9:.0f} GFLOP/s"
+        f"multiply-add {m.peak / 1e9:.0f} GFLOP/s, torch's bf16 product {m.product / 1e9:.0f} GFLOP/s"
         for threads, m in ceilings.items()
     )
     text = [f"{about}.", "", f"Ceilings measured in the same run: {measured}.", "",
@@ -320,7 +324,7 @@ def markdown(ceilings: dict[int, Machine], info: dict, rows: list[Row], peaks: d
             "", HEAD, *map(line, rows)]  # fmt: skip
     medians = {row.shape: row.times for row in rows if row.op == "training step"}
     for model, of_arm in peaks.items():
-        shown = ", ".join(f"{arm} {peak / 2**20:.0f} MiB" for arm, peak in of_arm.items())
+        shown = ", ".join(f"{arm} {nbytes / 2**20:.0f} MiB" for arm, nbytes in of_arm.items())
         text += ["", f"Training step, {model}: peak resident memory of the steps {shown}."]
         if rest := medians[model].get("rest"):
             text += [f"Without its linear layers and adapters (`rest`) a step takes {rest * 1e3:.0f} ms."]

@@ -9,7 +9,8 @@ batches of `qlora-ref demo`, float32. LoRA of rank 16 on every linear layer, gra
 
 Arms: `qlora_ref`, `bitsandbytes` (with PEFT), `bf16` (our adapters on plain nn.Linear in the model's dtype), and
 `rest`: the linear layers and their adapters give zeros at once, everything else runs. `floor` is its time plus the
-flops of those layers at the rate of torch's own large product: no implementation of the 4-bit layer can be faster.
+flops of those layers at the most the multiply-add instruction can do (peak_flops.cpp; where that is not known, at the
+rate of torch's own large product): no implementation of the 4-bit layer can be faster.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import torch
 from torch import nn
 
 import bench_cpu
+from peak_flops import peak
 from qlora_ref.nn import LoRALinear, attach_lora, quantize_model
 
 ARMS = ("qlora_ref", "bitsandbytes", "bf16", "rest")
@@ -199,7 +201,8 @@ def run_arm(arm: str, name: str, threads: int, steps: int = 7) -> dict[str, floa
     result = {"seconds": sorted(times[1:])[steps // 2], "page_faults": sorted(faults[1:])[steps // 2]}
     result |= {"before_bytes": before, "peak_bytes": resident("VmHWM")}
     if arm == "rest":
-        result["floor"] = result["seconds"] + flops / product_rate(problem.dtype)
+        rate = peak(threads).get(problem.dtype) or product_rate(problem.dtype)
+        result["floor"] = result["seconds"] + flops / rate
     return result
 
 

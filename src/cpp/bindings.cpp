@@ -154,7 +154,8 @@ void bind_cpu(py::module_ m) {
   m.def("can_linear_4bit_forward", [](int dtype, int64_t tokens, int64_t cols, int64_t block_size) {
     return can_linear_4bit_forward(DType(dtype), tokens, cols, block_size);
   });
-  m.def("can_linear_4bit_backward", [](int dtype, int64_t rows) { return can_linear_4bit_backward(DType(dtype), rows); });
+  m.def("can_linear_4bit_backward",
+        [](int dtype, int64_t rows) { return can_linear_4bit_backward(DType(dtype), rows); });
   m.def("linear_4bit_backward", [](Address dy, int dtype, int64_t tokens, WEIGHT_PARAMETERS, Address dx, int threads) {
     auto w = WEIGHT;
     py::gil_scoped_release release;

@@ -1,9 +1,10 @@
 // y = x W'^T + bias and dx = dy W' for many tokens: 64 features of W' at a time are decoded into a panel that stays in
 // the second-level cache, and all tokens go over it. The loops are the variant's. Every output belongs to one piece of
 // work and is summed in one order, so no result depends on the number of threads.
+#include "product.h"
+
 #include "dequantize_run.h"
 #include "parallel.h"
-#include "product.h"
 
 namespace qlora {
 namespace {

@@ -378,8 +378,8 @@ constexpr auto f32_prepare = linear_prepare<F32Lanes<dtype>, dtype>;
 
 // --- products with many tokens --------------------------------------------------------------------------------------------
 
-#include "variant_avx512_transpose.h"
 #include "product_tile.h"
+#include "variant_avx512_transpose.h"
 
 template <DType dtype>
 struct F32Product {

@@ -105,11 +105,11 @@ struct BF16Lanes {
 
 // --- products with many tokens --------------------------------------------------------------------------------------------
 
-#include "variant_avx512_transpose.h"
 #include "product_tile.h"
+#include "variant_avx512_transpose.h"
 
 struct BF16Product {
-  static constexpr int kElements = 2;  // a dword
+  static constexpr int kElements = 2;         // a dword
   static constexpr int64_t kRun = INT64_MAX;  // bfloat16 is coarser than any error of the sum
 
   static QLORA_INLINE __m512 add(__m512 sum, __m512i x, __m512i w) {
@@ -160,7 +160,8 @@ void extend(Variant& variant) {
   variant.linear_rows[int(DType::bf16)] = linear_rows<BF16Lanes, DType::bf16>;
   variant.linear_prepare[int(DType::bf16)] = linear_prepare<BF16Lanes, DType::bf16>;
   variant.linear_x_bytes[int(DType::bf16)] = 2;
-  variant.product[int(DType::bf16)] = {2, pack_features<BF16Product>, pack_sum<BF16Product>, multiply<BF16Product>, nullptr};
+  variant.product[int(DType::bf16)] = {2, pack_features<BF16Product>, pack_sum<BF16Product>, multiply<BF16Product>,
+                                       nullptr};
   variant.lora = {lora_pack, lora_tokens, lora_gradient};
 }
 
