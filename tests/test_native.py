@@ -89,6 +89,21 @@ def test_double_quantization_equals_the_reference(variant, data, map8):
         assert_bits_equal(got, double_dequantize(codes, nested, mean, table, size), f"{variant} absmax'")
 
 
+@pytest.mark.parametrize("map8", ["dynamic", "fp8_e4m3"])
+def test_double_quantization_at_every_threshold(variant, map8):
+    """s on a threshold and on either side of it: groups with a largest deviation of 1 from a mean of 0."""
+    table, mean = get_map8(map8), torch.zeros(1)
+    on = table.thresholds[table.thresholds.isfinite()]
+    up, down = torch.full_like(on, 2.0), torch.full_like(on, -2.0)
+    values = torch.cat([on, torch.nextafter(on, up), torch.nextafter(on, down), torch.tensor([0.0, -0.0, 1.0, -1.0])])
+    for size in (32, 256):
+        absmax = torch.cat([torch.cat([part, torch.ones(1)]) for part in values.split(size - 1)])
+        codes, nested = native.cpu.double_quantize(absmax, mean, table, size)
+        want_codes, want_nested = double_quantize(absmax, mean, table, size)
+        assert_bits_equal(nested, want_nested, f"{variant} nested_absmax")
+        assert_bits_equal(codes, want_codes, f"{variant} codes")
+
+
 @pytest.mark.parametrize("block_size", [32, 64, 128])
 def test_dequantize_of_any_absmax(variant, block_size):
     """Inf, NaN, subnormal, negative, and both sides of where a variant changes its way to round."""
