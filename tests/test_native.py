@@ -127,10 +127,12 @@ def test_mean_of_the_absmax(variant):
     def mean_of(absmax):
         """Of blocks of 32 with this absmax; and whether the kernel was certain."""
         x, nf4 = absmax.repeat_interleave(32), get_codebook("nf4")
-        got, mean = native.cpu.quantize_4bit_mean(x, nf4, 32)[1:]
-        assert_bits_equal(got, quantize_blockwise(x, nf4, 32, check_finite=False)[1], f"{variant} absmax")
-        assert_bits_equal(mean, absmax_mean(got), f"{variant} {len(absmax)}")
-        return native.cpu._quantize_4bit_mean(x, nf4, 32)[3]
+        want = quantize_blockwise(x, nf4, 32, check_finite=False)[1]
+        mean = native.cpu.quantize_4bit_double(x, nf4, 32, get_map8())[3]
+        assert_bits_equal(mean, absmax_mean(want), f"{variant} {len(absmax)}")
+        _, got, *_, certain = native.cpu._quantize_4bit_double(x, nf4, 32, get_map8(), 256)
+        assert_bits_equal(got, want, f"{variant} absmax")
+        return certain
 
     generator, certain = torch.Generator().manual_seed(0), 0
     for n in (1, 2, 31, 33, 1000, 40_003):
@@ -141,7 +143,9 @@ def test_mean_of_the_absmax(variant):
     assert not mean_of(torch.tensor([1.0, math.nan]))
     assert not mean_of(torch.empty(0))
     x = torch.tensor([-1.0]).repeat(32)  # bof4_s keeps the sign of the absmax
-    assert not native.cpu._quantize_4bit_mean(x, get_codebook("bof4_s", 32), 32)[3]
+    assert not native.cpu._quantize_4bit_double(x, get_codebook("bof4_s", 32), 32, get_map8(), 256)[-1]
+    with pytest.raises(ValueError, match="keeps the sign"):
+        native.cpu.quantize_4bit_double(x, get_codebook("bof4_s", 32), 32, get_map8())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -76,8 +76,9 @@ class QuantizedTensor:
         if not config.double_quant:
             packed, absmax = ops.quantize_4bit(x, config.quant_type, config.block_size)
             return cls(packed, absmax, None, None, config, x.shape, x.dtype)
-        packed, absmax, mean = ops.quantize_4bit_mean(x, config.quant_type, config.block_size)
-        codes, nested = ops.double_quantize(absmax, mean, config.map8, config.nested_block_size)
+        packed, codes, nested, mean = ops.quantize_4bit_double(
+            x, config.quant_type, config.block_size, config.map8, config.nested_block_size
+        )
         return cls(packed, codes, nested, mean, config, x.shape, x.dtype)
 
     @classmethod

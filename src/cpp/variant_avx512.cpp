@@ -255,16 +255,17 @@ void nested_values(const float* map, float nested_absmax, float mean, float* val
 
 double sum_of_positive(const float* x, int64_t n) {
   __m512d sum[4] = {};
-  __m512i bits = _mm512_setzero_si512();
-  for (int64_t i = 0; i < n; i += 32) {
-    for (int half = 0; half < 2; ++half) {
-      const __m512 values = _mm512_maskz_loadu_ps(first_lanes(n - i - 16 * half), x + i + 16 * half);
-      bits = _mm512_or_si512(bits, _mm512_castps_si512(values));
-      sum[2 * half] = _mm512_add_pd(sum[2 * half], _mm512_cvtps_pd(_mm512_castps512_ps256(values)));
-      sum[2 * half + 1] = _mm512_add_pd(sum[2 * half + 1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(values, 1)));
-    }
+  __m256i bits = _mm256_setzero_si256();
+  const auto add = [&](__m256 values, __m512d& sum) {
+    bits = _mm256_or_si256(bits, _mm256_castps_si256(values));
+    sum = _mm512_add_pd(sum, _mm512_cvtps_pd(values));
+  };
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    for (int k = 0; k < 4; ++k) add(_mm256_loadu_ps(x + i + 8 * k), sum[k]);
   }
-  if (_mm512_movepi32_mask(bits)) return double(kNaN);
+  for (; i < n; i += 8) add(_mm256_maskz_loadu_ps(__mmask8(first_lanes(n - i)), x + i), sum[0]);
+  if (_mm256_movepi32_mask(bits)) return double(kNaN);
   return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(sum[0], sum[1]), _mm512_add_pd(sum[2], sum[3])));
 }
 
