@@ -152,7 +152,12 @@ void bind_cpu(py::module_ m) {
              linear_4bit_forward(pointer<void>(x), DType(dtype), tokens, w.weight, w.codebook, pointer<void>(bias),
                                  pointer<void>(y));
              return true;
-           });
+           })
+      .def("dequantize_4bit", [](const Weight& w, Address out, int dtype, int64_t row_stride, int threads) {
+        py::gil_scoped_release release;
+        set_num_threads(threads);
+        dequantize_4bit(w.weight, w.codebook, pointer<void>(out), DType(dtype), row_stride);
+      });
   m.def("advise_huge_pages", [](Address memory, int64_t bytes) { advise_huge_pages(pointer<void>(memory), bytes); });
   m.def("can_linear_4bit_forward", [](int dtype, int64_t cols, int64_t block_size) {
     return can_linear_4bit_forward(DType(dtype), cols, block_size);
