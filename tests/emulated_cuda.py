@@ -77,9 +77,12 @@ class EmulatedCudaBackend(CudaLinear, EmulatedBackend):
 def run(backend: Backend, op: str, arguments: tuple):
     """An op of ops.py, computed by `backend` (what ops._register_native does)."""
     arguments = list(arguments)
-    if op in ("quantize_4bit", "quantize_4bit_mean"):
+    if op == "quantize_4bit":
         x, name, block = arguments
-        return getattr(backend, op)(x, get_codebook(name, block), block)
+        return backend.quantize_4bit(x, get_codebook(name, block), block)
+    if op == "quantize_4bit_double":
+        x, name, block, map8, nested_block = arguments
+        return backend.quantize_4bit_double(x, get_codebook(name, block), block, get_map8(map8), nested_block)
     if op == "quantize_4bit_nested":
         x, mean, name, block, map8, nested_block = arguments
         return backend.quantize_4bit_nested(x, mean, get_codebook(name, block), block, get_map8(map8), nested_block)

@@ -89,6 +89,21 @@ def test_double_quantization_equals_the_reference(variant, data, map8):
         assert_bits_equal(got, double_dequantize(codes, nested, mean, table, size), f"{variant} absmax'")
 
 
+@pytest.mark.parametrize("map8", ["dynamic", "fp8_e4m3"])
+def test_double_quantization_at_every_threshold(variant, map8):
+    """s on a threshold and on either side of it: groups with a largest deviation of 1 from a mean of 0."""
+    table, mean = get_map8(map8), torch.zeros(1)
+    on = table.thresholds[table.thresholds.isfinite()]
+    up, down = torch.full_like(on, 2.0), torch.full_like(on, -2.0)
+    values = torch.cat([on, torch.nextafter(on, up), torch.nextafter(on, down), torch.tensor([0.0, -0.0, 1.0, -1.0])])
+    for size in (32, 256):
+        absmax = torch.cat([torch.cat([part, torch.ones(1)]) for part in values.split(size - 1)])
+        codes, nested = native.cpu.double_quantize(absmax, mean, table, size)
+        want_codes, want_nested = double_quantize(absmax, mean, table, size)
+        assert_bits_equal(nested, want_nested, f"{variant} nested_absmax")
+        assert_bits_equal(codes, want_codes, f"{variant} codes")
+
+
 @pytest.mark.parametrize("block_size", [32, 64, 128])
 def test_dequantize_of_any_absmax(variant, block_size):
     """Inf, NaN, subnormal, negative, and both sides of where a variant changes its way to round."""
@@ -112,10 +127,12 @@ def test_mean_of_the_absmax(variant):
     def mean_of(absmax):
         """Of blocks of 32 with this absmax; and whether the kernel was certain."""
         x, nf4 = absmax.repeat_interleave(32), get_codebook("nf4")
-        got, mean = native.cpu.quantize_4bit_mean(x, nf4, 32)[1:]
-        assert_bits_equal(got, quantize_blockwise(x, nf4, 32, check_finite=False)[1], f"{variant} absmax")
-        assert_bits_equal(mean, absmax_mean(got), f"{variant} {len(absmax)}")
-        return native.cpu._quantize_4bit_mean(x, nf4, 32)[3]
+        want = quantize_blockwise(x, nf4, 32, check_finite=False)[1]
+        mean = native.cpu.quantize_4bit_double(x, nf4, 32, get_map8())[3]
+        assert_bits_equal(mean, absmax_mean(want), f"{variant} {len(absmax)}")
+        _, got, *_, certain = native.cpu._quantize_4bit_double(x, nf4, 32, get_map8(), 256)
+        assert_bits_equal(got, want, f"{variant} absmax")
+        return certain
 
     generator, certain = torch.Generator().manual_seed(0), 0
     for n in (1, 2, 31, 33, 1000, 40_003):
@@ -126,7 +143,9 @@ def test_mean_of_the_absmax(variant):
     assert not mean_of(torch.tensor([1.0, math.nan]))
     assert not mean_of(torch.empty(0))
     x = torch.tensor([-1.0]).repeat(32)  # bof4_s keeps the sign of the absmax
-    assert not native.cpu._quantize_4bit_mean(x, get_codebook("bof4_s", 32), 32)[3]
+    assert not native.cpu._quantize_4bit_double(x, get_codebook("bof4_s", 32), 32, get_map8(), 256)[-1]
+    with pytest.raises(ValueError, match="keeps the sign"):
+        native.cpu.quantize_4bit_double(x, get_codebook("bof4_s", 32), 32, get_map8())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

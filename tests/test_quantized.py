@@ -1,5 +1,8 @@
 """QuantConfig and QuantizedTensor: what is accepted, what is stored, what comes back."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -63,6 +66,29 @@ def test_dequantize_into_out(dtype, double_quant):
     q.dequantize(dtype, out=wide[:, 5:135])
     assert_bits_equal(wide[:, 5:135].contiguous(), expected)
     assert (wide[:, :5] == -1).all() and (wide[:, 135:] == -1).all()
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_dequantize_into_out_follows_its_tensors(double_quant):
+    """Changed in place, moved, copied, pickled: what was looked up at the first call must not outlive them."""
+    q = QuantizedTensor.quantize(torch.randn(8, 96), QuantConfig(block_size=32, double_quant=double_quant))
+    out = torch.empty(8, 96)
+    for change in (
+        lambda: None,
+        lambda: q.packed.bitwise_not_(),
+        lambda: q.packed.set_(q.packed.flip(0)),
+        lambda: q.absmax.set_(q.absmax.flip(0)),
+        lambda: q.nested_absmax.mul_(2) if double_quant else q.absmax.mul_(2),
+        lambda: q.absmax_mean.set_(q.absmax_mean + 1) if double_quant else None,
+    ):
+        change()
+        version = out._version
+        for each in (q, copy.copy(q), copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
+            assert_bits_equal(each.dequantize(out=out.zero_()), each.dequantize())
+        assert out._version == version + 8
+    q.packed.set_(q.packed[:-1].clone())
+    with pytest.raises(ValueError, match="elements"):
+        q.dequantize(out=out)
 
 
 def test_dequantize_into_out_and_autograd():

@@ -111,7 +111,7 @@ def bench_quantize(rows: list[Row], machine: Machine, shape, bnb, threads: int) 
     n = weight.numel()
     floor = n * (2 + 0.5 + 1 / 16) / machine.copy
     target = ">= 100x bitsandbytes, >= 3 Gw/s a core"
-    rows.append(Row("quantize", name(shape), threads, None, interleaved(calls, 3), floor, target))
+    rows.append(Row("quantize", name(shape), threads, None, interleaved(calls, 9), floor, target))
 
 
 def bnb_kernel(bnb, packed, absmax, out):

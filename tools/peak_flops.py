@@ -1,6 +1,6 @@
 """What the multiply-add instructions of this CPU can do at most (tools/peak_flops.cpp): the floor of every product.
 
-    python tools/peak_flops.py          GFLOP/s in float32 and bf16, one thread and all
+python tools/peak_flops.py          GFLOP/s in float32 and bf16, one thread and all
 """
 
 import os

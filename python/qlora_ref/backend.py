@@ -130,13 +130,6 @@ class Backend:
         )
         return packed, absmax
 
-    def quantize_4bit_mean(
-        self, x: torch.Tensor, codebook: Codebook, block_size: int = 64
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """quantize_4bit, and reference.double_quant.absmax_mean of its absmax, (1,) f32."""
-        packed, absmax = self.quantize_4bit(x, codebook, block_size)
-        return packed, absmax, absmax_mean(absmax)
-
     def double_quantize(
         self, absmax: torch.Tensor, mean: torch.Tensor, map8: Map8, nested_block_size: int = 256
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,6 +175,15 @@ class Backend:
             *(_table(map8), packed.data_ptr(), codes.data_ptr(), nested_absmax.data_ptr()),
         )
         return packed, codes, nested_absmax
+
+    def quantize_4bit_double(
+        self, x: torch.Tensor, codebook: Codebook, block_size: int, map8: Map8, nested_block_size: int = 256
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """quantize_4bit_nested with reference.double_quant.absmax_mean: packed, codes, nested_absmax, mean (1,) f32."""
+        check_double_quant(codebook)
+        packed, absmax = self.quantize_4bit(x, codebook, block_size)
+        mean = absmax_mean(absmax)
+        return packed, *self.double_quantize(absmax, mean, map8, nested_block_size), mean
 
     def double_dequantize(
         self,
@@ -422,25 +424,35 @@ class CpuBackend(CpuLinear, Backend):
     def _call(self, function, device, *args):
         return function(*args, torch.get_num_threads())
 
-    def quantize_4bit_mean(self, x, codebook, block_size=64):
+    def quantize_4bit_double(self, x, codebook, block_size, map8, nested_block_size=256):
         """The mean by the reference where its order of adding could matter."""
-        packed, absmax, mean, certain = self._quantize_4bit_mean(x, codebook, block_size)
-        return packed, absmax, mean if certain else absmax_mean(absmax)
+        check_double_quant(codebook)
+        packed, absmax, codes, nested_absmax, mean, certain = self._quantize_4bit_double(
+            x, codebook, block_size, map8, nested_block_size
+        )
+        if not certain:
+            mean = absmax_mean(absmax)
+            codes, nested_absmax = self.double_quantize(absmax, mean, map8, nested_block_size)
+        return packed, codes, nested_absmax, mean
 
-    def _quantize_4bit_mean(self, x, codebook, block_size):
+    def _quantize_4bit_double(self, x, codebook, block_size, map8, nested_block_size):
         check_block_size(block_size)
+        check_block_size(nested_block_size)
         x = _check_float("x", x)
         device, n = self._check_device(x.device), x.numel()
+        n_blocks = -(-n // block_size)
         packed = self._empty_packed(n, device)
-        absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=device)
+        absmax = torch.empty(n_blocks, dtype=torch.float32, device=device)
+        codes = torch.empty(n_blocks, dtype=torch.uint8, device=device)
+        nested_absmax = torch.empty(-(-n_blocks // nested_block_size), dtype=torch.float32, device=device)
         mean = torch.empty(1, dtype=torch.float32, device=device)
         certain = self._call(
-            self._c.quantize_4bit_mean,
+            self._c.quantize_4bit_double,
             device,
-            *(x.data_ptr(), DTYPE[x.dtype], n, block_size, _table(codebook)),
-            *(packed.data_ptr(), absmax.data_ptr(), mean.data_ptr()),
+            *(x.data_ptr(), DTYPE[x.dtype], n, block_size, _table(codebook), nested_block_size, _table(map8)),
+            *(packed.data_ptr(), absmax.data_ptr(), mean.data_ptr(), codes.data_ptr(), nested_absmax.data_ptr()),
         )
-        return packed, absmax, mean, certain
+        return packed, absmax, codes, nested_absmax, mean, certain
 
     def _empty_packed(self, n, device):
         """In pages of 2 MB where the system gives them: a weight stays, and is read from end to end at every token."""

@@ -5,6 +5,7 @@ interpreter's and torch's own data come from memory again. So what counts is how
 
     direct(name)    the op, past the dispatcher where nobody records it
     BoundLinear     the linear layer with all that does not change looked up once: the CPU
+    BoundDecoder    the same for dequantize(out=...)
 """
 
 import weakref
@@ -112,6 +113,54 @@ class BoundLinear:
 
     def __reduce__(self) -> tuple:
         return BoundLinear, ()
+
+
+class BoundDecoder:
+    """dequantize(out=...) of a QuantizedTensor on the CPU whose tensors stay where they are; False: not done.
+
+    The caller has compared shape, dtype and device. The object's tensors are always the same ones: their addresses say
+    whether they have moved. Empty in a copy or a pickle, as BoundLinear is.
+    """
+
+    def __init__(self) -> None:
+        self._addresses: tuple[int, ...] = ()
+        self._weight: Any = None  # _C's
+        self._tables: tuple = ()  # which _weight points at
+
+    def __call__(self, q: Any, out: torch.Tensor) -> bool:
+        if torch.compiler.is_compiling() or not (out.is_cpu and autograd.is_plain(out)) or _is_watched():
+            return False
+        dtype = DTYPE.get(out.dtype)
+        if dtype is None or not out.dim() or not out.is_contiguous():
+            return False
+        addresses: tuple[int, ...] = (q.packed.data_ptr(), q.absmax.data_ptr())
+        if q.nested_absmax is not None:
+            addresses += q.nested_absmax.data_ptr(), q.absmax_mean.data_ptr()
+        if addresses != self._addresses and not self._bind(q, addresses):
+            return False
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)
+        self._weight.dequantize_4bit(out.data_ptr(), dtype, q.shape[-1], torch.get_num_threads())
+        return True
+
+    def _bind(self, q: Any, addresses: tuple[int, ...]) -> bool:
+        tensors = [t for t in q._tensors() if t is not None]
+        ordinary = all(autograd.is_plain(t) and t.is_contiguous() and not t.requires_grad for t in tensors)
+        if native.cpu is None or not ordinary or not q.shape.numel():
+            return False
+        packed, absmax, nested, mean, quant_type, block_size, map8, nested_block_size = q.op_args()
+        self._tables = get_codebook(quant_type, block_size), None if nested is None else get_map8(map8)
+        tables = self._tables[0], block_size, self._tables[1], nested_block_size
+        size = q.shape.numel() // q.shape[-1], q.shape[-1]
+        arguments, _ = native.cpu._weight(packed, absmax, nested, mean, *tables, *size)
+        self._weight, self._addresses = native.module.cpu.Weight(*arguments), addresses
+        return True
+
+    def __deepcopy__(self, memo: dict) -> "BoundDecoder":
+        return BoundDecoder()
+
+    def __reduce__(self) -> tuple:
+        return BoundDecoder, ()
 
 
 def _is_ordinary(tensor: torch.Tensor) -> bool:

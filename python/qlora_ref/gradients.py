@@ -43,9 +43,7 @@ def _save_lora_linear(ctx, inputs):
 def _lora_linear_backward(ctx, dy):
     x, lora_A, lora_B = ctx.saved_tensors
     need_dx = ctx.needs_input_grad[0]
-    dx, dA, dB = torch.ops.qlora_ref.lora_linear_4bit_backward(
-        dy, x, *ctx.weight, lora_A, lora_B, ctx.scaling, need_dx
-    )
+    dx, dA, dB = torch.ops.qlora_ref.lora_linear_4bit_backward(dy, x, *ctx.weight, lora_A, lora_B, ctx.scaling, need_dx)
     dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2 + WEIGHT_ARGS] else None
     return dx if need_dx else None, *[None] * WEIGHT_ARGS, None, dbias, dA, dB, None
 

@@ -36,7 +36,10 @@ _lib = torch.library.Library("qlora_ref", "DEF")
 _lib.define("quantize_4bit(Tensor x, str quant_type, int block_size) -> (Tensor, Tensor)")
 _lib.define(f"dequantize_4bit({_WEIGHT}, SymInt[] shape, ScalarType dtype) -> Tensor")
 _lib.define(f"dequantize_4bit_out({_WEIGHT}, Tensor(a!) out) -> ()")
-_lib.define("quantize_4bit_mean(Tensor x, str quant_type, int block_size) -> (Tensor, Tensor, Tensor)")
+_lib.define(
+    "quantize_4bit_double(Tensor x, str quant_type, int block_size, str map8, int nested_block_size) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
 _lib.define("double_quantize(Tensor absmax, Tensor mean, str map8, int nested_block_size) -> (Tensor, Tensor)")
 _lib.define(
     "quantize_4bit_nested(Tensor x, Tensor mean, str quant_type, int block_size, str map8, int nested_block_size) "
@@ -58,7 +61,7 @@ _lib.define(
 )
 OP_NAMES = (
     "quantize_4bit",
-    "quantize_4bit_mean",
+    "quantize_4bit_double",
     "dequantize_4bit",
     "double_quantize",
     "quantize_4bit_nested",
@@ -77,11 +80,6 @@ def _quantize_4bit(x, quant_type, block_size):
     return blockwise.quantize_blockwise(x, get_codebook(quant_type, block_size), block_size, check_finite=False)
 
 
-def _quantize_4bit_mean(x, quant_type, block_size):
-    packed, absmax = _quantize_4bit(x, quant_type, block_size)
-    return packed, absmax, double_quant.absmax_mean(absmax)
-
-
 def _double_quantize(absmax, mean, map8, nested_block_size):
     return double_quant.double_quantize(absmax, mean, get_map8(map8), nested_block_size)
 
@@ -90,6 +88,14 @@ def _quantize_4bit_nested(x, mean, quant_type, block_size, map8, nested_block_si
     double_quant.check_double_quant(get_codebook(quant_type, block_size))
     packed, absmax = _quantize_4bit(x, quant_type, block_size)
     return packed, *_double_quantize(absmax, mean, map8, nested_block_size)
+
+
+def _quantize_4bit_double(x, quant_type, block_size, map8, nested_block_size):
+    """With the mean of the tensor's own absmax, the last result."""
+    double_quant.check_double_quant(get_codebook(quant_type, block_size))
+    packed, absmax = _quantize_4bit(x, quant_type, block_size)
+    mean = double_quant.absmax_mean(absmax)
+    return packed, *_double_quantize(absmax, mean, map8, nested_block_size), mean
 
 
 def _double_dequantize(absmax_codes, nested_absmax, mean, map8, nested_block_size):
@@ -201,13 +207,6 @@ def _(*args):
     return None
 
 
-@_fake("quantize_4bit_mean")
-def _(x, quant_type, block_size):
-    n = x.numel()
-    packed, absmax = x.new_empty((n + 1) // 2, dtype=torch.uint8), x.new_empty(-(-n // block_size), dtype=torch.float32)
-    return packed, absmax, absmax.new_empty(1)
-
-
 @_fake("double_quantize")
 def _(absmax, mean, map8, nested_block_size):
     n = absmax.numel()
@@ -216,10 +215,19 @@ def _(absmax, mean, map8, nested_block_size):
 
 @_fake("quantize_4bit_nested")
 def _(x, mean, quant_type, block_size, map8, nested_block_size):
+    return _fake_double(x, block_size, nested_block_size)
+
+
+@_fake("quantize_4bit_double")
+def _(x, quant_type, block_size, map8, nested_block_size):
+    return *_fake_double(x, block_size, nested_block_size), x.new_empty(1, dtype=torch.float32)
+
+
+def _fake_double(x, block_size, nested_block_size):
     n = x.numel()
     n_blocks = (n + block_size - 1) // block_size
     packed, codes = (x.new_empty(size, dtype=torch.uint8) for size in ((n + 1) // 2, n_blocks))
-    return packed, codes, mean.new_empty((n_blocks + nested_block_size - 1) // nested_block_size)
+    return packed, codes, x.new_empty((n_blocks + nested_block_size - 1) // nested_block_size, dtype=torch.float32)
 
 
 @_fake("double_dequantize")
@@ -255,8 +263,7 @@ gradients.register(_lib, _REFERENCE)
 # --- straight to the kernel ---------------------------------------------------------------------------------------
 
 linear_4bit, lora_linear_4bit = direct("linear_4bit"), direct("lora_linear_4bit")
-quantize_4bit, quantize_4bit_mean = direct("quantize_4bit"), direct("quantize_4bit_mean")
-double_quantize = direct("double_quantize")
+quantize_4bit, quantize_4bit_double = direct("quantize_4bit"), direct("quantize_4bit_double")
 dequantize_4bit, dequantize_4bit_out = direct("dequantize_4bit"), direct("dequantize_4bit_out")
 
 
@@ -283,8 +290,9 @@ def _register_native(backend, key: str) -> None:
         _count_writing(out)
         backend.dequantize_4bit(*tables(weight), out.shape, out.dtype, out=out)
 
-    def quantize_4bit_mean(x, quant_type, block_size):
-        return backend.quantize_4bit_mean(x, get_codebook(quant_type, block_size), block_size)
+    def quantize_4bit_double(x, quant_type, block_size, map8, nested_block_size):
+        codebook = get_codebook(quant_type, block_size)
+        return backend.quantize_4bit_double(x, codebook, block_size, get_map8(map8), nested_block_size)
 
     def double_quantize(absmax, mean, map8, nested_block_size):
         return backend.double_quantize(absmax, mean, get_map8(map8), nested_block_size)
@@ -312,7 +320,7 @@ def _register_native(backend, key: str) -> None:
         quantize_4bit,
         dequantize_4bit,
         dequantize_4bit_out,
-        quantize_4bit_mean,
+        quantize_4bit_double,
         double_quantize,
         quantize_4bit_nested,
         double_dequantize,

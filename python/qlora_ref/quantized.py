@@ -1,12 +1,13 @@
 """A quantized tensor as a value: the packed codes, the statistics that decode them, and what they mean."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from . import ops
+from .direct import BoundDecoder
 from .reference.blockwise import check_block_size, check_weight
 from .reference.codebook import get_codebook
 from .reference.double_quant import check_double_quant, get_map8
@@ -56,6 +57,7 @@ class QuantizedTensor:
     config: QuantConfig
     shape: torch.Size
     dtype: torch.dtype
+    _decoder: BoundDecoder = field(default_factory=BoundDecoder, init=False, repr=False, compare=False)
 
     @classmethod
     def quantize(
@@ -76,8 +78,9 @@ class QuantizedTensor:
         if not config.double_quant:
             packed, absmax = ops.quantize_4bit(x, config.quant_type, config.block_size)
             return cls(packed, absmax, None, None, config, x.shape, x.dtype)
-        packed, absmax, mean = ops.quantize_4bit_mean(x, config.quant_type, config.block_size)
-        codes, nested = ops.double_quantize(absmax, mean, config.map8, config.nested_block_size)
+        packed, codes, nested, mean = ops.quantize_4bit_double(
+            x, config.quant_type, config.block_size, config.map8, config.nested_block_size
+        )
         return cls(packed, codes, nested, mean, config, x.shape, x.dtype)
 
     @classmethod
@@ -116,7 +119,8 @@ class QuantizedTensor:
             raise ValueError(f"out is {tuple(out.shape)} {out.dtype} on {out.device}; it must be {wanted}")
         if out.requires_grad and torch.is_grad_enabled():
             raise ValueError("out requires grad, which writing would break; call under torch.no_grad()")
-        ops.dequantize_4bit_out(*self.op_args(), out)
+        if not self._decoder(self, out):
+            ops.dequantize_4bit_out(*self.op_args(), out)
         return out
 
     def absmax_f32(self) -> torch.Tensor:

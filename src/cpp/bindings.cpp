@@ -92,13 +92,16 @@ void bind_cpu(py::module_ m) {
     set_num_threads(threads);
     dequantize_4bit(w.weight, w.codebook, pointer<void>(out), DType(dtype), row_stride);
   });
-  m.def("quantize_4bit_mean", [](Address x, int dtype, int64_t n, int64_t block_size, const py::bytes& codebook,
-                                 Address packed, Address absmax, Address mean, int threads) {
+  m.def("quantize_4bit_double", [](Address x, int dtype, int64_t n, int64_t block_size, const py::bytes& codebook,
+                                   int64_t nested_block_size, const py::bytes& map, Address packed, Address absmax,
+                                   Address mean, Address absmax_codes, Address nested_absmax, int threads) {
     auto codes = table<Codebook>(codebook);
+    auto map8 = table<Map8>(map);
     py::gil_scoped_release release;
     set_num_threads(threads);
-    return quantize_4bit_mean(pointer<void>(x), DType(dtype), n, block_size, codes, pointer<uint8_t>(packed),
-                              pointer<float>(absmax), pointer<float>(mean));
+    return quantize_4bit_double(pointer<void>(x), DType(dtype), n, block_size, codes, nested_block_size, map8,
+                                pointer<uint8_t>(packed), pointer<float>(absmax), pointer<float>(mean),
+                                pointer<uint8_t>(absmax_codes), pointer<float>(nested_absmax));
   });
   m.def("double_quantize", [](Address absmax, int64_t n, Address mean, int64_t nested_block_size, const py::bytes& map,
                               Address codes, Address nested_absmax, int threads) {
@@ -149,7 +152,12 @@ void bind_cpu(py::module_ m) {
              linear_4bit_forward(pointer<void>(x), DType(dtype), tokens, w.weight, w.codebook, pointer<void>(bias),
                                  pointer<void>(y));
              return true;
-           });
+           })
+      .def("dequantize_4bit", [](const Weight& w, Address out, int dtype, int64_t row_stride, int threads) {
+        py::gil_scoped_release release;
+        set_num_threads(threads);
+        dequantize_4bit(w.weight, w.codebook, pointer<void>(out), DType(dtype), row_stride);
+      });
   m.def("advise_huge_pages", [](Address memory, int64_t bytes) { advise_huge_pages(pointer<void>(memory), bytes); });
   m.def("can_linear_4bit_forward", [](int dtype, int64_t tokens, int64_t cols, int64_t block_size) {
     return can_linear_4bit_forward(DType(dtype), tokens, cols, block_size);

@@ -7,10 +7,13 @@
 
 namespace qlora {
 
-bool quantize_4bit_mean(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook,
+namespace {
+
+// quantize_4bit, and the mean of its absmax; whether that is certain.
+bool quantize_with_mean(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook,
                         uint8_t* packed, float* absmax, float* mean) {
   const Variant& isa = variant();
-  constexpr int64_t kStep = 128 * 1024;  // elements: their absmax are added while they are in the cache
+  constexpr int64_t kStep = 512 * 1024;  // elements: their absmax are added while they are in the cache
   const int64_t element_size = dtype == DType::f32 ? 4 : 2;
   std::mutex adding;
   double sum = 0;
@@ -30,6 +33,17 @@ bool quantize_4bit_mean(const void* x, DType dtype, int64_t n, int64_t block_siz
   const double m = double((n + block_size - 1) / block_size), error = (m + 8) * 0x1p-52;
   *mean = float(sum * (1 - error) / m);
   return *mean == float(sum * (1 + error) / m);
+}
+
+}  // namespace
+
+bool quantize_4bit_double(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook,
+                          int64_t nested_block_size, const Map8& map, uint8_t* packed, float* absmax, float* mean,
+                          uint8_t* absmax_codes, float* nested_absmax) {
+  if (!quantize_with_mean(x, dtype, n, block_size, codebook, packed, absmax, mean)) return false;
+  double_quantize(absmax, (n + block_size - 1) / block_size, *mean, nested_block_size, map, absmax_codes,
+                  nested_absmax);
+  return true;
 }
 
 void double_quantize(const float* absmax, int64_t n, float mean, int64_t nested_block_size, const Map8& map,

@@ -19,10 +19,13 @@ void quantize_4bit(const void* x, DType dtype, int64_t n, int64_t block_size, co
 //   -> out (rows, cols) of `dtype`, row r starting at out + r * row_stride (elements; row_stride >= cols)
 void dequantize_4bit(const Weight4bit& weight, const Codebook& codebook, void* out, DType dtype, int64_t row_stride);
 
-// quantize_4bit, and reference/double_quant.py: absmax_mean of its absmax, if that is certain: false if the sum could round
-// to another float32 in another order of adding (then the reference must say), or if n is 0 or an absmax negative or NaN.
-bool quantize_4bit_mean(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook,
-                        uint8_t* packed, float* absmax, float* mean);
+// quantize_4bit, then reference/double_quant.py: absmax_mean and double_quantize of its absmax
+//   x (n) of `dtype` -> packed, absmax (as quantize_4bit), mean (1), absmax_codes, nested_absmax (as double_quantize)
+// False, and only packed and absmax valid, where the mean is not certain: if the sum could round to another float32 in
+// another order of adding (then the reference must say), or if n is 0 or an absmax negative or NaN.
+bool quantize_4bit_double(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook,
+                          int64_t nested_block_size, const Map8& map, uint8_t* packed, float* absmax, float* mean,
+                          uint8_t* absmax_codes, float* nested_absmax);
 
 // reference/double_quant.py: double_quantize; `mean` is given
 //   absmax (n) -> codes (n), nested_absmax (ceil(n / nested_block_size))

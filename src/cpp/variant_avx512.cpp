@@ -220,70 +220,29 @@ struct Decoder {
 
 // --- double quantization -------------------------------------------------------------------------------------------------
 
+#include "variant_avx512_double_quant.h"
 #include "variant_avx512_search.h"
-
-inline __attribute__((always_inline)) __mmask16 first_lanes(int64_t n) {
-  return n >= 16 ? 0xffff : n > 0 ? __mmask16((1 << n) - 1) : 0;
-}
-
-// Bits of the largest |absmax - mean|.
-uint32_t largest_deviation(const float* absmax, int64_t n, float mean) {
-  const __m512 means = _mm512_set1_ps(mean);
-  __m512i largest = _mm512_setzero_si512();
-  for (int64_t i = 0; i < n; i += 16) {
-    __m512 x = _mm512_mask_loadu_ps(means, first_lanes(n - i), absmax + i);
-    __m512i bits = _mm512_castps_si512(_mm512_sub_ps(x, means));
-    largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
-  }
-  return uint32_t(_mm512_reduce_max_epu32(largest));
-}
-
-// The lowest entry that reconstructs to >= 0, by bisection as they ascend; 0 if none does.
-int lowest_positive(const Map8& map, float scale, float mean) {
-  if (double_decode(map.levels[0], scale, mean) >= 0.0f) return 0;  // usual
-  int below = 0;
-  for (int step = 128; step; step /= 2) {
-    below += double_decode(map.levels[below + step - 1], scale, mean) >= 0.0f ? 0 : step;
-  }
-  return double_decode(map.levels[below], scale, mean) >= 0.0f ? below : 0;
-}
 
 void double_quantize(const float* absmax, int64_t n, int64_t nested_block_size, float mean, const Map8& map,
                      uint8_t* codes, float* nested_absmax) {
   const Search256 count_below(map.thresholds);
   constexpr int kTogether = 8, kStep = 16 * kTogether;
-  for (; n > 0; n -= nested_block_size, absmax += nested_block_size, codes += nested_block_size, ++nested_absmax) {
-    const int64_t size = n < nested_block_size ? n : nested_block_size;
-    const float scale = bits_to_float(largest_deviation(absmax, size, mean));
-    if (!(scale >= kSmallestNormal && scale <= kLargestInvertible)) {  // rare: zero, NaN, huge
-      scalar_variant.double_quantize(absmax, size, nested_block_size, mean, map, codes, nested_absmax);
-      continue;
+  const auto encode = [&](const NestedGroup& group, const float* from, uint8_t* to) {
+    __m512 s[kTogether];
+    __m512i count[kTogether];
+    for (int v = 0; v < kTogether; ++v) s[v] = group.normalized(from + 16 * v);
+    count_below(s, count);
+    for (int v = 0; v < kTogether; ++v) {
+      __m128i bytes = _mm512_cvtepi32_epi8(_mm512_max_epi32(count[v], _mm512_set1_epi32(group.lowest)));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16 * v), bytes);
     }
-    *nested_absmax = scale;
-    const __m512i lowest = _mm512_set1_epi32(lowest_positive(map, scale, mean));
-    const __m512 inverse = _mm512_set1_ps(1.0f / scale), means = _mm512_set1_ps(mean);
-    const auto encode = [&](const float* from, uint8_t* to) {
-      __m512 s[kTogether];
-      __m512i count[kTogether];
-      for (int v = 0; v < kTogether; ++v) {
-        s[v] = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(from + 16 * v), means), inverse);
-      }
-      count_below(s, count);
-      for (int v = 0; v < kTogether; ++v) {
-        __m128i bytes = _mm512_cvtepi32_epi8(_mm512_max_epi32(count[v], lowest));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16 * v), bytes);
-      }
-    };
-    const int64_t whole = size / kStep * kStep;
-    for (int64_t i = 0; i < whole; i += kStep) encode(absmax + i, codes + i);
-    if (whole < size) {
-      float rest[kStep] = {};
-      uint8_t rest_codes[kStep];
-      memcpy(rest, absmax + whole, size_t(size - whole) * sizeof(float));
-      encode(rest, rest_codes);
-      memcpy(codes + whole, rest_codes, size_t(size - whole));
-    }
-  }
+  };
+  double_quantize_groups(absmax, n, nested_block_size, mean, map, codes, nested_absmax,
+                         [&](const NestedGroup& group, const float* from, int64_t size, uint8_t* to) {
+                           for (; size >= kStep; size -= kStep, from += kStep, to += kStep) encode(group, from, to);
+                           padded<kStep>(from, size, to,
+                                         [&](const float* x, uint8_t* codes) { encode(group, x, codes); });
+                         });
 }
 
 void nested_values(const float* map, float nested_absmax, float mean, float* values) {
@@ -296,16 +255,17 @@ void nested_values(const float* map, float nested_absmax, float mean, float* val
 
 double sum_of_positive(const float* x, int64_t n) {
   __m512d sum[4] = {};
-  __m512i bits = _mm512_setzero_si512();
-  for (int64_t i = 0; i < n; i += 32) {
-    for (int half = 0; half < 2; ++half) {
-      const __m512 values = _mm512_maskz_loadu_ps(first_lanes(n - i - 16 * half), x + i + 16 * half);
-      bits = _mm512_or_si512(bits, _mm512_castps_si512(values));
-      sum[2 * half] = _mm512_add_pd(sum[2 * half], _mm512_cvtps_pd(_mm512_castps512_ps256(values)));
-      sum[2 * half + 1] = _mm512_add_pd(sum[2 * half + 1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(values, 1)));
-    }
+  __m256i bits = _mm256_setzero_si256();
+  const auto add = [&](__m256 values, __m512d& sum) {
+    bits = _mm256_or_si256(bits, _mm256_castps_si256(values));
+    sum = _mm512_add_pd(sum, _mm512_cvtps_pd(values));
+  };
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    for (int k = 0; k < 4; ++k) add(_mm256_loadu_ps(x + i + 8 * k), sum[k]);
   }
-  if (_mm512_movepi32_mask(bits)) return double(kNaN);
+  for (; i < n; i += 8) add(_mm256_maskz_loadu_ps(__mmask8(first_lanes(n - i)), x + i), sum[0]);
+  if (_mm256_movepi32_mask(bits)) return double(kNaN);
   return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(sum[0], sum[1]), _mm512_add_pd(sum[2], sum[3])));
 }
 

@@ -149,6 +149,10 @@ def _quantize_nested_args(
     return x, times * absmax_mean(absmax), quant_type, block, map8, tail
 
 
+def _quantize_double_args(generator, n, data="normal", dtype="f32", block=64, map8="dynamic", tail=256):
+    return *_quantize_args(generator, n, data, dtype, block=block), map8, tail
+
+
 def _double_dequantize_args(generator, n, data="normal", map8="dynamic", block=256):
     absmax, mean, *_ = _double_quantize_args(generator, n, data, map8, block)
     codes, nested = torch.ops.qlora_ref.double_quantize(absmax, mean, map8, block)
@@ -184,7 +188,7 @@ def _lora_backward_args(generator, m, n, k, rank=8, dtype="f32", **how):
 
 _ARGUMENTS: dict[str, Callable[..., tuple]] = {
     "quantize_4bit": _quantize_args,
-    "quantize_4bit_mean": _quantize_args,
+    "quantize_4bit_double": _quantize_double_args,
     "dequantize_4bit": _dequantize_args,
     "double_quantize": _double_quantize_args,
     "quantize_4bit_nested": _quantize_nested_args,
@@ -253,16 +257,16 @@ def _linear_rows(bias: bool = False):
     return rows
 
 
-def _quantize_mean_cases():
+def _quantize_double_cases():
     rows = [dict(n=n, dtype=d) for n in (*SIZES, 100_003) for d in DTYPES]
     rows += [dict(n=9001, data=data, block=32) for data in DATA if data != "normal"]
-    rows += [dict(n=9001, block=2**b) for b in range(5, 13)]
-    return _grid("quantize_4bit_mean", EXACT, *rows)
+    rows += [dict(n=9001, block=2**b, tail=32, map8="fp8_e4m3") for b in range(5, 13)]
+    return _grid("quantize_4bit_double", EXACT, *rows)
 
 
 ALL = [
     *_quantize_cases(),
-    *_quantize_mean_cases(),
+    *_quantize_double_cases(),
     *_dequantize_cases(),
     *_grid("double_quantize", EXACT, *_double_rows()),
     *_quantize_nested_cases(),
