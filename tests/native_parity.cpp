@@ -182,7 +182,7 @@ void nested_case(DType dtype, Data data, int64_t n, int64_t block_size, int64_t 
 
 // --- linear --------------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kTokens[] = {1, 2, 3, 4, 5, 7, 8, 16, 33}, kMostTokens = 33;
+constexpr int64_t kTokens[] = {1, 2, 3, 4, 5, 7, 8, 16, 33, 45}, kMostTokens = 45;
 
 struct Product {
   double value, magnitude;
@@ -244,8 +244,8 @@ void linear_case(Layer& layer) {
   const bool nested = weight.absmax.codes;
   for (const std::string& variant : cpu_variants()) {
     set_cpu_variant(variant);
-    if (!can_linear_4bit_forward(layer.dtype, cols, weight.block_size)) continue;
     for (int64_t m : kTokens) {
+      if (!can_linear_4bit_forward(layer.dtype, m, cols, weight.block_size)) continue;
       ++cases;
       const std::string what = variant + name(" linear dtype rows cols block nested m =", layer.dtype, rows, cols,
                                               weight.block_size, nested, m);
@@ -255,6 +255,36 @@ void linear_case(Layer& layer) {
       for (int64_t i = 0; i < m * rows; ++i) {
         float value = load(layer.dtype, &y[size_t(i) * size_of(layer.dtype)]);
         if (within_bound(value, layer.products[size_t(i)], cols, layer.dtype)) continue;
+        fail(what + ": output " + std::to_string(i) + " is outside its bound");
+        break;
+      }
+    }
+  }
+}
+
+// dx = dy W', one element of float64 beside each.
+void backward_case(const Layer& layer) {
+  const Weight4bit& weight = layer.tensor.weight;
+  const int64_t rows = weight.rows, cols = weight.cols;
+  Input dy = numbers(Data::normal, layer.dtype, kMostTokens * rows, codebooks[0].thresholds, 8);
+  for (const std::string& variant : cpu_variants()) {
+    set_cpu_variant(variant);
+    if (!can_linear_4bit_backward(layer.dtype, rows)) continue;
+    for (int64_t m : {1, 6, 45}) {
+      ++cases;
+      const std::string what = variant + name(" dx dtype rows cols m =", layer.dtype, rows, cols, m);
+      Bytes dx = outputs_of(what, {{kind_of(layer.dtype), m * cols}}, 0x5a, [&](void* const* out) {
+        linear_4bit_backward(dy.data(), layer.dtype, m, weight, codebooks[0], out[0]);
+      })[0];
+      for (int64_t i = 0; i < m * cols; ++i) {
+        Product sum{0, 0};
+        for (int64_t r = 0; r < rows; ++r) {
+          double term = double(dy.get(i / cols * rows + r)) * double(layer.weight.get(r * cols + i % cols));
+          sum.value += term;
+          sum.magnitude += std::fabs(term);
+        }
+        float value = load(layer.dtype, &dx[size_t(i) * size_of(layer.dtype)]);
+        if (within_bound(value, sum, rows, layer.dtype)) continue;
         fail(what + ": output " + std::to_string(i) + " is outside its bound");
         break;
       }
@@ -272,7 +302,7 @@ void unit_vector_case(DType dtype, size_t which, int64_t m) {
   Input weight(dtype, rows * cols);
   for (const std::string& variant : cpu_variants()) {
     set_cpu_variant(variant);
-    if (!can_linear_4bit_forward(dtype, cols, 64)) continue;
+    if (!can_linear_4bit_forward(dtype, m, cols, 64)) continue;
     ++cases;
     const std::string what = variant + name(" unit vectors dtype codebook m =", dtype, which, m);
     dequantize_4bit(tensor.weight, codebook, weight.data(), dtype, cols);
@@ -299,10 +329,11 @@ void linear_cases() {
       for (bool nested : {false, true}) {
         Layer layer(dtype, rows, cols, block_size, nested, cols == 256);
         linear_case(layer);
+        backward_case(layer);
       }
     }
     for (size_t which = 0; which < codebooks.size(); ++which) {
-      for (int64_t m : {1, 3, 4, 7}) unit_vector_case(dtype, which, m);
+      for (int64_t m : {1, 3, 4, 7, 48}) unit_vector_case(dtype, which, m);
     }
   }
 }
@@ -372,6 +403,7 @@ void threaded_cases() {
     dequantize_case(dtype, 301, 1003, 64, 0, 0, true);
     Layer layer(dtype, 150, 64, 64, true, false);
     linear_case(layer);
+    backward_case(layer);
   }
   set_num_threads(1);
 }

@@ -22,11 +22,11 @@ ALLOWED = {
     "native.py": {"backend.py", "source_hash.py", "cuda_linear.py", "_C"},
     "ops.py": {"reference", "backend.py", "native.py", "gradients.py", "direct.py"},
     "gradients.py": {"autograd.py"},
-    "direct.py": {"reference", "backend.py", "native.py", "autograd.py", "cpu_linear.py"},
+    "direct.py": {"reference", "backend.py", "native.py", "autograd.py"},
     "autograd.py": set(),
     "cpu_linear.py": set(),
     "cuda_linear.py": set(),
-    "quantized.py": {"reference", "ops.py"},
+    "quantized.py": {"reference", "ops.py", "direct.py"},
     "nn.py": {"reference", "ops.py", "direct.py", "quantized.py"},
 }
 

@@ -65,17 +65,19 @@ def test_forward_and_backward_use_the_bit_same_weight(dtype):
     assert_bits_equal(one[0], expected[:, 0], "batch of one")
 
 
-def test_autograd_saves_four_bits_a_weight():
-    """Every tensor that autograd keeps for a 512x512 layer, other than x and the adapter, fits in 4.2 bits a weight."""
+def test_autograd_keeps_four_bits_a_weight():
+    """It saves x and the adapter; of the weight the node keeps the very tensors it was given, 4.2 bits a weight."""
     W = torch.randn(512, 512)
     q = QuantizedTensor.quantize(W)
     x = torch.randn(2, 512, requires_grad=True)
     A, B = torch.randn(4, 512, requires_grad=True), torch.randn(512, 4, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        torch.ops.qlora_ref.lora_linear_4bit(x, *q.op_args(), 512, None, A, B, 0.5)
-    ours = sum(t.nbytes for t in saved if t.data_ptr() not in {x.data_ptr(), A.data_ptr(), B.data_ptr()})
-    assert 0 < ours <= q.nbytes and q.bits_per_weight < 4.2
+        y = torch.ops.qlora_ref.lora_linear_4bit(x, *q.op_args(), 512, None, A, B, 0.5)
+    assert [t.data_ptr() for t in saved] == [x.data_ptr(), A.data_ptr(), B.data_ptr()]
+    kept = [t for t in y.grad_fn.weight if isinstance(t, torch.Tensor)]
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (q.packed, q.absmax, q.nested_absmax, q.absmax_mean)}
+    assert sum(t.nbytes for t in kept) == q.nbytes and q.bits_per_weight < 4.2
 
 
 @pytest.mark.parametrize("frozen", ["x", "bias", "adapter"])

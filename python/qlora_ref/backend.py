@@ -475,13 +475,13 @@ class CpuBackend(CpuLinear, Backend):
         sizes = x.numel() and len(lora_B)
         return bool(sizes) and x.dtype in DTYPE and self._c.can_lora(DTYPE[x.dtype], len(lora_A))
 
-    def _lora_forward(self, x, weight, out_features, bias, lora_A, lora_B, scaling) -> torch.Tensor:
+    def _lora_forward(self, x, weight, out_features, bias, lora_A, lora_B, scaling):
         """y (tokens, out) of x (tokens, in); A and B contiguous, float32 or of the dtype of x."""
         x, (tokens, in_features) = self._check_input("x", x).contiguous(), x.shape
         arguments, kept = self._weight(*weight, out_features, in_features)
         bias = None if bias is None else self._check_bias(bias, x, out_features)
         adapter = _adapter(in_features, out_features, lora_A, lora_B, scaling)
-        y = x.new_empty(tokens, out_features)
+        y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
         self._call(
             self._c.lora_linear_4bit_forward,
             x.device,
@@ -490,13 +490,13 @@ class CpuBackend(CpuLinear, Backend):
         )
         return y
 
-    def _lora_backward(self, dy, x, weight, lora_A, lora_B, scaling, need_dx) -> tuple:
+    def _lora_backward(self, dy, x, weight, lora_A, lora_B, scaling, need_dx):
         """(dx (tokens, in) or empty, dA, dB), in the dtypes of x, A and B."""
         dy, x = self._check_input("dy", dy).contiguous(), self._check_input("x", x).contiguous()
         (tokens, in_features), out_features = x.shape, dy.shape[-1]
         arguments, kept = self._weight(*weight, out_features, in_features)
         adapter = _adapter(in_features, out_features, lora_A, lora_B, scaling)
-        dx = x.new_empty(tokens, in_features) if need_dx else x.new_empty(0)
+        dx = torch.empty((tokens, in_features) if need_dx else (0,), dtype=x.dtype, device=x.device)
         outputs = torch.empty_like(lora_A), torch.empty_like(lora_B)
         self._call(
             self._c.lora_linear_4bit_backward,

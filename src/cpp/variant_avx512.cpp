@@ -338,8 +338,7 @@ constexpr auto f32_prepare = linear_prepare<F32Lanes<dtype>, dtype>;
 
 // --- products with many tokens --------------------------------------------------------------------------------------------
 
-#include "product_tile.h"
-#include "variant_avx512_transpose.h"
+#include "variant_avx512_product.h"
 
 template <DType dtype>
 struct F32Product {

@@ -105,8 +105,7 @@ struct BF16Lanes {
 
 // --- products with many tokens --------------------------------------------------------------------------------------------
 
-#include "product_tile.h"
-#include "variant_avx512_transpose.h"
+#include "variant_avx512_product.h"
 
 struct BF16Product {
   static constexpr int kElements = 2;         // a dword

@@ -4,7 +4,7 @@
 //   down      sums over features: a pair is two features, lanes are 16 ranks
 //   gradient  sums over tokens: a pair is two tokens, lanes are 16 features
 //
-// The way up, from the ranks to the features, is a part of the large product (product_tile.h).
+// The way up, from the ranks to the features, is a part of the large product (variant_avx512_product.h).
 // Included by variant_avx512_bf16.cpp, in its unnamed namespace.
 #pragma once
 #include "variant_avx512_bf16_lora_pack.h"

@@ -1,7 +1,7 @@
 // An adapter in the order of the products of LoRA (variant_avx512_bf16_lora.h), padded with zeros.
 //
 //   down  lanes are 16 ranks, a pair is two features; [group of ranks][pair of features][16]
-//   up    rows of a panel of product_tile.h: lanes are 64 features, a pair is two ranks; [panel][pair of ranks][64]
+//   up    rows of a panel of variant_avx512_product.h: lanes are 64 features, a pair is two ranks; [panel][pair of ranks][64]
 #pragma once
 #include "variant_avx512_transpose.h"
 

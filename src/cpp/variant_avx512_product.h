@@ -4,6 +4,7 @@
 // A variant brings the Lanes: how elements meet (`add`) and how rows become dwords.
 // Include in an unnamed namespace of a variant file, after linear_step.h.
 #pragma once
+#include "variant_avx512_transpose.h"
 
 constexpr int kPanelRegisters = kPanelFeatures / 16;
 
