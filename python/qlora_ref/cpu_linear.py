@@ -1,17 +1,17 @@
-"""The linear layer on a CPU: which path for which number of tokens, and the path for many.
+"""The linear layer on a CPU: what the variant in use cannot do, by panels of W' and torch's product.
 
-Few tokens      y = x W'^T by a kernel that decodes the weight in registers, inside the product (src/cpp/linear_tile.h):
-                reading 4 bits a weight instead of 16 is what counts there.
-Many tokens     and dx = dy W': a panel of W' is dequantized into a buffer that is kept, and torch (oneDNN) multiplies
-                it; then the next panel. A large decoded weight never exists as a whole, and nothing is allocated
-                (bitsandbytes allocates and page-faults 33 MB for one 4096 x 4096 product).
+Native          y = x W'^T and dx = dy W' where the variant has a loop for the dtype: few tokens decode the weight in
+                registers (src/cpp/linear.cpp), many share panels in the second-level cache (src/cpp/product.cpp), LoRA
+                is a second term of their sums (src/cpp/lora.cpp).
+Elsewhere       a panel of W' is dequantized into a buffer that is kept, and torch (oneDNN, MKL) multiplies it; then the
+                next panel. A large decoded weight never exists as a whole, and nothing is allocated (bitsandbytes
+                allocates and page-faults 33 MB for one 4096 x 4096 product).
 
 Both use the bit-same W'. A panel is a slice of whole output features of y, or of whole input features of dx: each
 output is one inner product, rounded once, exactly as in one big product.
 
-LoRA adds thin products, with one side of `rank`. They are not folded into the large one as on the GPU: the product
-[x | s] [W' | B]^T needs a copy of x. Where the variant has them (src/cpp/lora.cpp) they are native, one call forward
-and one backward; elsewhere torch's. oneDNN and MKL like them best with the rank as rows: u^T = A x^T, (rank, tokens).
+LoRA adds thin products, with one side of `rank`. Elsewhere they are torch's: oneDNN and MKL like them best with the
+rank as rows: u^T = A x^T, (rank, tokens).
 """
 
 import threading

@@ -1,5 +1,6 @@
 // y = x W'^T + bias: few tokens here, which cuts the rows into pieces, one thread each; many in product.cpp. The loops are
 // the variant's.
+#include "kept_memory.h"
 #include "parallel.h"
 #include "product.h"
 
@@ -18,21 +19,6 @@ bool few(DType dtype, int64_t m, int64_t cols, int64_t block_size) {
   return can && m <= (isa.product[int(dtype)].multiply ? kFewTokens : kFewWithoutPanels[int(dtype)]);
 }
 
-struct alignas(64) CacheLine {  // a register that lies across two lines takes two loads
-  char bytes[64];
-};
-
-// Of one thread, kept: fresh memory would cost page faults at every call.
-struct Memory {
-  std::vector<CacheLine> values, sums, chunk{kLinearChunkBytes / sizeof(CacheLine)};
-
-  void reserve(int64_t groups, int64_t registers) {
-    constexpr int64_t kLines = 256 * sizeof(float) / sizeof(CacheLine);  // of a group's values
-    if (int64_t(values.size()) < kLines * groups) values.resize(size_t(kLines * groups));
-    if (int64_t(sums.size()) < registers) sums.resize(size_t(registers));
-  }
-};
-
 void linear_of_few(const void* x, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
                    const void* bias, void* y) {
   const Variant& isa = variant();
@@ -47,10 +33,10 @@ void linear_of_few(const void* x, DType dtype, int64_t m, const Weight4bit& weig
   int64_t slots = 1;  // no more than needed: they are used by turns and should stay in the first-level cache
   while (slots < blocks / weight.absmax.nested_block_size + 3) slots *= 2;
   parallel_for(weight.rows, 4 * kLinearRows, [&](int64_t begin, int64_t end) {
-    static thread_local Memory memory;
-    memory.reserve(weight.absmax.codes ? slots : 0, at_once * m);
-    LinearScratch scratch{reinterpret_cast<float*>(memory.values.data()), slots - 1, 0, memory.sums.data(),
-                          reinterpret_cast<char*>(memory.chunk.data())};
+    static thread_local KeptMemory values, sums, chunk;
+    const int64_t value_bytes = weight.absmax.codes ? slots * 256 * int64_t(sizeof(float)) : 0;
+    LinearScratch scratch{reinterpret_cast<float*>(values.reserve(value_bytes)), slots - 1, 0,
+                          sums.reserve(at_once * m * 64), chunk.reserve(kLinearChunkBytes)};
     isa.linear_rows[int(dtype)](call, scratch, begin, end);
   });
 }

@@ -1,30 +1,17 @@
 // LoRA: packs the adapter, then cuts tokens or features into pieces, one thread each. The way up from the ranks is a second
 // term of the sums of the large product (product.cpp). Every output belongs to one piece, so no result depends on the
 // number of threads.
-#include "kernels.h"
+#include "kept_memory.h"
 #include "parallel.h"
 #include "product.h"
-#include "variant.h"
 
 namespace qlora {
 namespace {
 
-struct alignas(64) CacheLine {
-  char bytes[64];
-};
-
-// Kept between calls: fresh memory would cost page faults.
-struct Memory {
-  std::vector<CacheLine> lines;
-  void* reserve(int64_t bytes) {
-    if (int64_t(lines.size()) * 64 < bytes) lines.resize(size_t((bytes + 63) / 64));
-    return lines.data();
-  }
-};
 enum Part { kDownA, kUpA, kDownB, kUpB, kU, kV, kVRows, kParts };
 
-Memory& memory(Part part) {
-  static thread_local Memory of_this_thread[kParts];
+KeptMemory& memory(Part part) {
+  static thread_local KeptMemory of_this_thread[kParts];
   return of_this_thread[part];
 }
 
@@ -99,9 +86,10 @@ void lora_linear_4bit_backward(const void* dy, const void* x, DType dtype, int64
   const int64_t of_a = parts(lora.in, kLoraStrip), all = of_a + parts(lora.out, kLoraStrip);
   const auto gradient = variant().lora.gradient;
   parallel_for(all, grain(padded(lora.rank) * kLoraStrip * m), [&](int64_t begin, int64_t end) {
-    static thread_local std::vector<CacheLine> scratch(kLoraScratchBytes / sizeof(CacheLine));
-    if (begin < of_a) gradient(dA, scratch.data(), begin, std::min(end, of_a));
-    if (end > of_a) gradient(dB, scratch.data(), std::max(begin, of_a) - of_a, end - of_a);
+    static thread_local KeptMemory memory;
+    void* scratch = memory.reserve(kLoraScratchBytes);
+    if (begin < of_a) gradient(dA, scratch, begin, std::min(end, of_a));
+    if (end > of_a) gradient(dB, scratch, std::max(begin, of_a) - of_a, end - of_a);
   });
   if (out.dx) linear_4bit_backward(dy, dtype, m, weight, codebook, out.dx, up(v_rows, lora, adapter.a.up));
 }

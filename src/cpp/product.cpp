@@ -3,7 +3,10 @@
 // work and is summed in one order, so no result depends on the number of threads.
 #include "product.h"
 
+#include <cstring>
+
 #include "dequantize_run.h"
+#include "kept_memory.h"
 #include "parallel.h"
 
 namespace qlora {
@@ -13,24 +16,14 @@ constexpr int64_t kPanelMemory = 512 * 1024;  // of a thread, in its second-leve
 constexpr int64_t kTogether = 8;              // panels of dx, at most: of a row of the weight 256 bytes
 constexpr int64_t kTokensAtOnce = 512;        // whose x stays in the third-level cache
 
-struct alignas(64) CacheLine {
-  char bytes[64];
-};
-// Of one thread, kept: fresh memory would cost page faults at every call.
-struct Memory {
-  std::vector<CacheLine> lines;
-  char* reserve(int64_t bytes) {
-    if (int64_t(lines.size()) * 64 < bytes) lines.resize(size_t((bytes + 63) / 64));
-    return lines.data()->bytes;
-  }
-};
-
 int64_t parts(int64_t n, int64_t at_most) { return (n + at_most - 1) / at_most; }
 // n in equal parts of at most `at_most`, all but the last a multiple of 32
 int64_t part(int64_t n, int64_t at_most) { return parts(parts(n, parts(n, at_most)), 32) * 32; }
 
-constexpr int64_t kAhead = 16;
-// Short pieces of rows far apart, which the processor does not foresee.
+// How many rows of the weight are fetched ahead: whole ones, and short pieces, which lie far apart. The processor does not
+// foresee those at all.
+constexpr int64_t kWholeAhead = 4, kPiecesAhead = 16;
+
 void prefetch(const Weight4bit& weight, int64_t first, int64_t count) {
   const uint8_t* packed = weight.packed + first / 2;
   for (int64_t i = 0; i < count / 2; i += 64) __builtin_prefetch(packed + i, 0, 2);
@@ -83,7 +76,7 @@ struct Product {
 
   // The features from `feature` on, of one panel or of several, for the tokens from `token` on.
   void piece(int64_t feature, int64_t token) const {
-    static thread_local Memory panel_memory, row_memory, sum_memory;
+    static thread_local KeptMemory panel_memory, row_memory, sum_memory;
     const int64_t width = std::min(features - feature, kPanelFeatures * together);
     const int64_t count = std::min(tokens - token, token_part), row_bytes = loops.element_bytes * sum;
     char* panels = panel_memory.reserve(together * panel_bytes);
@@ -108,45 +101,40 @@ struct Product {
   }
 
   // Rows of the weight are features: elements first .. first + size of each.
-  void decode_features(RunScales& scales, int64_t feature, int64_t width, int64_t first, int64_t size, Memory& memory,
-                       char* panel) const {
-    const int64_t stride = parts(size, 32) * 32, bytes = element_size(dtype);
-    char* rows = memory.reserve(kPanelRows * stride * bytes);
+  void decode_features(RunScales& scales, int64_t feature, int64_t width, int64_t first, int64_t size,
+                       KeptMemory& memory, char* panel) const {
+    const int64_t stride = parts(size, 32) * 32;
+    char* rows = memory.reserve(kPanelRows * stride * element_size(dtype));
     for (int64_t lane = 0; lane < kPanelFeatures; lane += kPanelRows) {
-      for (int64_t r = 0; r < kPanelRows; ++r) {
-        const int64_t filled = lane + r < width ? size : 0;
-        prefetch(weight, (feature + lane + r + 4) * weight.cols + first, size);
-        if (filled) {
-          dequantize_run(weight, codebook, scales, (feature + lane + r) * weight.cols + first, size, dtype,
-                         rows + r * stride * bytes);
-        }
-        memset(rows + (r * stride + filled) * bytes, 0, size_t((stride - filled) * bytes));
-      }
+      decode_rows(scales, feature + lane, feature + width, first, size, kWholeAhead, rows, stride);
       loops.pack_features(rows, stride, size, panel + lane * 4);
     }
   }
   // Rows of the weight are elements of the sum: features feature .. feature + width of each.
-  void decode_sum(RunScales& scales, int64_t feature, int64_t width, int64_t first, int64_t size, Memory& memory,
+  void decode_sum(RunScales& scales, int64_t feature, int64_t width, int64_t first, int64_t size, KeptMemory& memory,
                   char* panels) const {
-    const int64_t stride = parts(width, kPanelFeatures) * kPanelFeatures, bytes = element_size(dtype);
-    char* rows = memory.reserve(kPanelRows * stride * bytes);
+    const int64_t stride = parts(width, kPanelFeatures) * kPanelFeatures;
+    char* rows = memory.reserve(kPanelRows * stride * element_size(dtype));
     for (int64_t k = 0; k < size; k += kPanelRows, panels += kPanelRows / elements * kPanelBytes) {
-      for (int64_t r = 0; r < kPanelRows; ++r) {
-        const int64_t filled = k + r < size ? width : 0;
-        prefetch(weight, (first + k + r + kAhead) * weight.cols + feature, width);
-        if (filled) {
-          dequantize_run(weight, codebook, scales, (first + k + r) * weight.cols + feature, width, dtype,
-                         rows + r * stride * bytes);
-        }
-        memset(rows + (r * stride + filled) * bytes, 0, size_t((stride - filled) * bytes));
-      }
+      decode_rows(scales, first + k, first + size, feature, width, kPiecesAhead, rows, stride);
       loops.pack_sum(rows, stride, stride, panels, panel_bytes);
+    }
+  }
+  // Columns col .. col + count of kPanelRows rows of the weight -> out, zeros behind them and for the rows from `end` on.
+  void decode_rows(RunScales& scales, int64_t row, int64_t end, int64_t col, int64_t count, int64_t ahead, char* out,
+                   int64_t stride) const {
+    const int64_t bytes = element_size(dtype);
+    for (int64_t r = row; r < row + kPanelRows; ++r, out += stride * bytes) {
+      const int64_t filled = r < end ? count : 0;
+      prefetch(weight, (r + ahead) * weight.cols + col, count);
+      if (filled) dequantize_run(weight, codebook, scales, r * weight.cols + col, count, dtype, out);
+      memset(out + filled * bytes, 0, size_t((stride - filled) * bytes));
     }
   }
 };
 
 // x in the elements that the loops read.
-const void* widened(const ProductLoops& loops, const void* x, int64_t n, Memory& memory) {
+const void* widened(const ProductLoops& loops, const void* x, int64_t n, KeptMemory& memory) {
   if (!loops.widen) return x;
   auto* out = reinterpret_cast<float*>(memory.reserve(n * int64_t(sizeof(float))));
   parallel_for(n, 256 * 1024, [&](int64_t begin, int64_t end) {
@@ -162,7 +150,7 @@ bool can_product(DType dtype, int64_t sum) { return variant().product[int(dtype)
 void product(const void* x, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
              const void* bias, void* y, bool forward, const ProductMore& more) {
   if (m == 0) return;
-  static thread_local Memory memory;
+  static thread_local KeptMemory memory;
   const void* read = widened(variant().product[int(dtype)], x, m * (forward ? weight.cols : weight.rows), memory);
   Product product{weight, codebook, dtype, forward, read, m, bias, y, more};
   product.plan();
