@@ -142,6 +142,9 @@ def test_mean_of_the_absmax(variant):
     assert not mean_of(torch.tensor([1.0, 1.0 + 2.0**-23]))  # halfway between two floats
     assert not mean_of(torch.tensor([1.0, math.nan]))
     assert not mean_of(torch.empty(0))
+    for dtype in (torch.bfloat16, torch.float16):  # few bits, so every sum is exact; the mean halfway again
+        assert mean_of(torch.tensor([2.0**15, 2.0**-9]).to(dtype))
+    assert not mean_of(torch.tensor([2.0**15, 2.0**-9, 2.0**-100, 0.0]).to(torch.bfloat16))
     x = torch.tensor([-1.0]).repeat(32)  # bof4_s keeps the sign of the absmax
     assert not native.cpu._quantize_4bit_double(x, get_codebook("bof4_s", 32), 32, get_map8(), 256)[-1]
     with pytest.raises(ValueError, match="keeps the sign"):

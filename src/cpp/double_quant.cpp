@@ -1,4 +1,5 @@
 // Double quantization: one nested group (or a run of blocks) a piece; the loops are the variant's.
+#include <limits>
 #include <mutex>
 
 #include "kernels.h"
@@ -8,6 +9,14 @@
 namespace qlora {
 
 namespace {
+
+// Whether every partial sum of these numbers is exact in float64, so that no order of adding can change it: those of 16-bit
+// dtypes have at most 11 bits, so all are multiples of a power of two that is no less than 2^-11 of the smallest.
+bool sums_are_exact(const float* absmax, int64_t n, double sum) {
+  float smallest = std::numeric_limits<float>::infinity();
+  for (int64_t i = 0; i < n; ++i) smallest = absmax[i] > 0.0f && absmax[i] < smallest ? absmax[i] : smallest;
+  return sum < double(smallest) * 0x1p42;
+}
 
 // quantize_4bit, and the mean of its absmax; whether that is certain.
 bool quantize_with_mean(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook,
@@ -32,7 +41,9 @@ bool quantize_with_mean(const void* x, DType dtype, int64_t n, int64_t block_siz
   // Two orders of adding m positive numbers differ by at most 2 (m - 1) 2^-53 of the sum; the rest covers the divisions.
   const double m = double((n + block_size - 1) / block_size), error = (m + 8) * 0x1p-52;
   *mean = float(sum * (1 - error) / m);
-  return *mean == float(sum * (1 + error) / m);
+  if (*mean == float(sum * (1 + error) / m)) return true;
+  *mean = float(sum / m);  // numbers of few bits often have their mean right between two float32
+  return dtype != DType::f32 && sums_are_exact(absmax, int64_t(m), sum);
 }
 
 }  // namespace
