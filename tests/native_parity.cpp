@@ -401,7 +401,7 @@ void threaded_cases() {
     quantize_case(dtype, Data::normal, 300'003, 64, 0);
     nested_case(dtype, Data::normal, 300'003, 64, 256);
     dequantize_case(dtype, 301, 1003, 64, 0, 0, true);
-    Layer layer(dtype, 150, 64, 64, true, false);
+    Layer layer(dtype, 600, 64, 64, true, false);  // two parts of the sum of dx
     linear_case(layer);
     backward_case(layer);
   }

@@ -80,6 +80,16 @@ def test_autograd_keeps_four_bits_a_weight():
     assert sum(t.nbytes for t in kept) == q.nbytes and q.bits_per_weight < 4.2
 
 
+@pytest.mark.parametrize("op", ["linear_4bit", "lora_linear_4bit"])
+def test_a_weight_changed_before_backward_is_refused(op):
+    q, x = QuantizedTensor.quantize(torch.randn(24, 64)), torch.randn(3, 64, requires_grad=True)
+    adapter = (torch.randn(4, 64), torch.randn(24, 4), 0.5) if op == "lora_linear_4bit" else ()
+    y = getattr(torch.ops.qlora_ref, op)(x, *q.op_args(), 24, None, *adapter)
+    q.packed.bitwise_not_()
+    with pytest.raises(RuntimeError, match="modified"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("frozen", ["x", "bias", "adapter"])
 def test_only_what_is_asked_for_gets_a_gradient(frozen):
     q = QuantizedTensor.quantize(torch.randn(24, 64), QuantConfig(double_quant=False))

@@ -477,7 +477,7 @@ class CpuBackend(CpuLinear, Backend):
 
     def _lora_forward(self, x, weight, out_features, bias, lora_A, lora_B, scaling):
         """y (tokens, out) of x (tokens, in); A and B contiguous, float32 or of the dtype of x."""
-        x, (tokens, in_features) = self._check_input("x", x).contiguous(), x.shape
+        x, (tokens, in_features) = self._check_input("x", x), x.shape
         arguments, kept = self._weight(*weight, out_features, in_features)
         bias = None if bias is None else self._check_bias(bias, x, out_features)
         adapter = _adapter(in_features, out_features, lora_A, lora_B, scaling)
@@ -492,7 +492,7 @@ class CpuBackend(CpuLinear, Backend):
 
     def _lora_backward(self, dy, x, weight, lora_A, lora_B, scaling, need_dx):
         """(dx (tokens, in) or empty, dA, dB), in the dtypes of x, A and B."""
-        dy, x = self._check_input("dy", dy).contiguous(), self._check_input("x", x).contiguous()
+        dy, x = self._check_input("dy", dy), self._check_input("x", x)
         (tokens, in_features), out_features = x.shape, dy.shape[-1]
         arguments, kept = self._weight(*weight, out_features, in_features)
         adapter = _adapter(in_features, out_features, lora_A, lora_B, scaling)

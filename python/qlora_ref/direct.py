@@ -119,7 +119,7 @@ class BoundDecoder:
     """dequantize(out=...) of a QuantizedTensor on the CPU whose tensors stay where they are; False: not done.
 
     The caller has compared shape, dtype and device. The object's tensors are always the same ones: their addresses say
-    whether they have moved. Empty in a copy or a pickle, as BoundLinear is.
+    whether they have moved (their sizes are not looked at again). Empty in a copy or a pickle, as BoundLinear is.
     """
 
     def __init__(self) -> None:

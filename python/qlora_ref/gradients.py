@@ -33,15 +33,26 @@ def _linear_backward(ctx, dy):
     return dx, *[None] * WEIGHT_ARGS, None, dbias
 
 
+def _versions(weight) -> list[int]:
+    return [t._version for t in weight[:4] if t is not None and not t.is_inference()]
+
+
 def _save_lora_linear(ctx, inputs):
     x, *weight = inputs[: 1 + WEIGHT_ARGS]
     *_, lora_A, lora_B, ctx.scaling = inputs
     ctx.save_for_backward(x, lora_A, lora_B)
-    ctx.weight = weight  # frozen, so no saved tensor that checkpointing would count and offloading move at every layer
+    # Frozen, so no saved tensors: checkpointing would count them and offloading move them at every layer. The node
+    # keeps them alive, and looks itself whether they are still what they were.
+    ctx.weight, ctx.versions = weight, _versions(weight)
 
 
 def _lora_linear_backward(ctx, dy):
     x, lora_A, lora_B = ctx.saved_tensors
+    if _versions(ctx.weight) != ctx.versions:
+        raise RuntimeError(
+            "the packed weight of lora_linear_4bit was modified in place between forward and backward, so its gradient "
+            "would be wrong; change weights after backward()"
+        )
     need_dx = ctx.needs_input_grad[0]
     dx, dA, dB = torch.ops.qlora_ref.lora_linear_4bit_backward(dy, x, *ctx.weight, lora_A, lora_B, ctx.scaling, need_dx)
     dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2 + WEIGHT_ARGS] else None

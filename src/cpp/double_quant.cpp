@@ -2,9 +2,8 @@
 #include <limits>
 #include <mutex>
 
-#include "kernels.h"
+#include "dequantize_run.h"
 #include "parallel.h"
-#include "variant.h"
 
 namespace qlora {
 
@@ -23,7 +22,6 @@ bool quantize_with_mean(const void* x, DType dtype, int64_t n, int64_t block_siz
                         uint8_t* packed, float* absmax, float* mean) {
   const Variant& isa = variant();
   constexpr int64_t kStep = 512 * 1024;  // elements: their absmax are added while they are in the cache
-  const int64_t element_size = dtype == DType::f32 ? 4 : 2;
   std::mutex adding;
   double sum = 0;
   parallel_for(n, 32 * 1024, [&](int64_t begin, int64_t end) {
@@ -31,7 +29,7 @@ bool quantize_with_mean(const void* x, DType dtype, int64_t n, int64_t block_siz
     for (int64_t first = begin; first < end; first += kStep) {
       const int64_t size = std::min(kStep, end - first), blocks = (size + block_size - 1) / block_size;
       float* of_blocks = absmax + first / block_size;
-      isa.quantize[int(dtype)](static_cast<const char*>(x) + first * element_size, size, block_size, codebook,
+      isa.quantize[int(dtype)](static_cast<const char*>(x) + first * element_size(dtype), size, block_size, codebook,
                                packed + first / 2, of_blocks);
       part += isa.sum_of_positive(of_blocks, blocks);
     }
@@ -74,15 +72,15 @@ void quantize_4bit_nested(const void* x, DType dtype, int64_t n, int64_t block_s
                           uint8_t* absmax_codes, float* nested_absmax) {
   const Variant& isa = variant();
   constexpr int64_t kBlocks = 4096;  // at a time: the largest nested_block_size
-  const int64_t group_size = block_size * nested_block_size, element_size = dtype == DType::f32 ? 4 : 2;
+  const int64_t group_size = block_size * nested_block_size;
   const int64_t groups = (n + group_size - 1) / group_size, step = kBlocks / nested_block_size;
   parallel_for(groups, std::max<int64_t>(1, 32 * 1024 / group_size), [&](int64_t begin, int64_t end) {
     float absmax[kBlocks];
     for (int64_t group = begin; group < end; group += step) {
       const int64_t first = group * group_size, last = std::min(n, std::min(group + step, end) * group_size);
       const int64_t blocks = (last - first + block_size - 1) / block_size;
-      isa.quantize[int(dtype)](static_cast<const char*>(x) + first * element_size, last - first, block_size, codebook,
-                               packed + first / 2, absmax);
+      isa.quantize[int(dtype)](static_cast<const char*>(x) + first * element_size(dtype), last - first, block_size,
+                               codebook, packed + first / 2, absmax);
       isa.double_quantize(absmax, blocks, nested_block_size, mean, map, absmax_codes + group * nested_block_size,
                           nested_absmax + group);
     }

@@ -10,12 +10,15 @@ struct alignas(64) CacheLine {  // a register that lies across two lines takes t
   char bytes[64];
 };
 
-// Only grows. What it held is lost when it does, and it is not zero.
+// Only grows, and what it held is lost then.
 class KeptMemory {
  public:
   char* reserve(int64_t bytes) {
     const auto lines = static_cast<std::size_t>((bytes + 63) / 64);
-    if (lines_.size() < lines) lines_.resize(lines);
+    if (lines_.size() < lines) {
+      std::vector<CacheLine>().swap(lines_);  // the old one first, and nothing is copied
+      lines_.resize(lines);
+    }
     return reinterpret_cast<char*>(lines_.data());
   }
 

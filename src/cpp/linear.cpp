@@ -1,5 +1,6 @@
 // y = x W'^T + bias: few tokens here, which cuts the rows into pieces, one thread each; many in product.cpp. The loops are
 // the variant's.
+#include "dequantize_run.h"
 #include "kept_memory.h"
 #include "parallel.h"
 #include "product.h"
@@ -23,11 +24,10 @@ void linear_of_few(const void* x, DType dtype, int64_t m, const Weight4bit& weig
                    const void* bias, void* y) {
   const Variant& isa = variant();
   const int64_t stride = (weight.cols + kStepMax - 1) / kStepMax * kStepMax * isa.linear_x_bytes[int(dtype)];
-  std::vector<CacheLine> prepared(size_t(m * stride / 64));
-  isa.linear_prepare[int(dtype)](x, m, weight.cols, stride, prepared.data());
-  int block_shift = 0;
-  while ((int64_t(64) << block_shift) < weight.block_size) ++block_shift;
-  LinearRows call{&weight, &codebook, prepared.data(), stride, m, bias, y, block_shift};
+  static thread_local KeptMemory memory;
+  char* prepared = memory.reserve(m * stride);  // what no step reads is not written
+  isa.linear_prepare[int(dtype)](x, m, weight.cols, stride, prepared);
+  LinearRows call{&weight, &codebook, prepared, stride, m, bias, y, log2_of(weight.block_size / 64)};
   const int64_t at_once = m > kManyTokens ? kLinearRows : kTileRows;
   const int64_t blocks = at_once * weight.cols / weight.block_size;
   int64_t slots = 1;  // no more than needed: they are used by turns and should stay in the first-level cache

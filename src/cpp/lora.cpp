@@ -15,12 +15,8 @@ KeptMemory& memory(Part part) {
   return of_this_thread[part];
 }
 
-int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 int64_t padded(int64_t rank) { return parts(rank, kLoraGroup) * kLoraGroup; }
 int64_t panels(int64_t features) { return parts(features, kPanelFeatures); }
-
-// How many pieces make about 8 us (see parallel.h), if one is `products` multiplications.
-int64_t grain(int64_t products) { return std::max<int64_t>(1, 600000 / std::max<int64_t>(1, products)); }
 
 // A (rank, in) as `a`, B (out, rank) as `b`.
 struct Adapter {
@@ -31,7 +27,7 @@ struct Adapter {
         b(packing(lora.B, lora.B_dtype, lora.rank, lora.out, false, down_b, up_b)) {
     const int64_t of_a = a.down || a.up ? panels(lora.in) : 0, all = of_a + (b.down || b.up ? panels(lora.out) : 0);
     const auto pack = variant().lora.pack;
-    parallel_for(all, grain(padded(lora.rank) * kPanelFeatures * 10), [&](int64_t begin, int64_t end) {
+    parallel_for(all, grain_of(padded(lora.rank) * kPanelFeatures * 10), [&](int64_t begin, int64_t end) {
       if (begin < of_a) pack(a, begin, std::min(end, of_a));
       if (end > of_a) pack(b, std::max(begin, of_a) - of_a, end - of_a);
     });
@@ -51,7 +47,7 @@ struct Adapter {
 
 void run(const LoraTokens& call) {
   const auto tokens = variant().lora.tokens;
-  const int64_t blocks = grain(padded(call.rank) * call.in * kLoraTokens);
+  const int64_t blocks = grain_of(padded(call.rank) * call.in * kLoraTokens);
   parallel_for(call.m, blocks * kLoraTokens, [&](int64_t begin, int64_t end) { tokens(call, begin, end); });
 }
 
@@ -85,9 +81,9 @@ void lora_linear_4bit_backward(const void* dy, const void* x, DType dtype, int64
   const LoraGradient dB{dy, m, lora.out, lora.rank, u, out.dB, lora.B_dtype, false};
   const int64_t of_a = parts(lora.in, kLoraStrip), all = of_a + parts(lora.out, kLoraStrip);
   const auto gradient = variant().lora.gradient;
-  parallel_for(all, grain(padded(lora.rank) * kLoraStrip * m), [&](int64_t begin, int64_t end) {
-    static thread_local KeptMemory memory;
-    void* scratch = memory.reserve(kLoraScratchBytes);
+  parallel_for(all, grain_of(padded(lora.rank) * kLoraStrip * m), [&](int64_t begin, int64_t end) {
+    static thread_local KeptMemory scratch_memory;
+    void* scratch = scratch_memory.reserve(kLoraScratchBytes);
     if (begin < of_a) gradient(dA, scratch, begin, std::min(end, of_a));
     if (end > of_a) gradient(dB, scratch, std::max(begin, of_a) - of_a, end - of_a);
   });

@@ -19,6 +19,10 @@ void run_team(int threads, void (*body)(void*), void* context);
 int64_t take(void* counter);
 }  // namespace detail
 
+inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+// How many pieces make about 8 us (see parallel_for), if one is `products` multiplications of 16-bit numbers.
+inline int64_t grain_of(int64_t products) { return std::max<int64_t>(1, 600000 / std::max<int64_t>(1, products)); }
+
 // f(begin, end) for pieces of [0, n), each a multiple of `grain` long (the last one excepted), on up to num_threads()
 // threads; threads that come late (or share their core) take fewer pieces. A thread is started for every grain, so let
 // that be about 8 us of work: a team costs 1 us while its threads still spin and 5 us once they sleep (measured, Zen 4).

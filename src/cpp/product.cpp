@@ -16,7 +16,6 @@ constexpr int64_t kPanelMemory = 512 * 1024;  // of a thread, in its second-leve
 constexpr int64_t kTogether = 8;              // panels of dx, at most: of a row of the weight 256 bytes
 constexpr int64_t kTokensAtOnce = 512;        // whose x stays in the third-level cache
 
-int64_t parts(int64_t n, int64_t at_most) { return (n + at_most - 1) / at_most; }
 // n in equal parts of at most `at_most`, all but the last a multiple of 32
 int64_t part(int64_t n, int64_t at_most) { return parts(parts(n, parts(n, at_most)), 32) * 32; }
 
@@ -52,7 +51,7 @@ struct Product {
   int64_t tokens;
   const void* bias;
   void* y;
-  const ProductMore& more;
+  ProductMore more;
 
   const ProductLoops& loops = variant().product[int(dtype)];
   int64_t features = forward ? weight.rows : weight.cols, sum = forward ? weight.cols : weight.rows;
@@ -64,7 +63,8 @@ struct Product {
     // The rows of a panel of dx are short pieces of rows of the weight: several panels share them.
     const int64_t panels = parts(features, kPanelFeatures);
     while (!forward && together < kTogether && panels / (2 * together) >= 6 * num_threads()) together *= 2;
-    depth = part(sum, kPanelMemory / kPanelBytes / together * elements);
+    // Where the sum is cut must not depend on the number of threads.
+    depth = part(sum, kPanelMemory / kPanelBytes / (forward ? 1 : kTogether) * elements);
     panel_bytes = parts(depth, elements * kPanelRows) * kPanelRows * kPanelBytes;
   }
   void run() {
@@ -149,24 +149,30 @@ bool can_product(DType dtype, int64_t sum) { return variant().product[int(dtype)
 
 void product(const void* x, DType dtype, int64_t m, const Weight4bit& weight, const Codebook& codebook,
              const void* bias, void* y, bool forward, const ProductMore& more) {
-  if (m == 0) return;
-  static thread_local KeptMemory memory;
-  const void* read = widened(variant().product[int(dtype)], x, m * (forward ? weight.cols : weight.rows), memory);
-  Product product{weight, codebook, dtype, forward, read, m, bias, y, more};
-  product.plan();
-  product.run();
+  const ProductLoops& loops = variant().product[int(dtype)];
+  const int64_t width = forward ? weight.cols : weight.rows, features = forward ? weight.rows : weight.cols;
+  const int64_t bytes = element_size(dtype), step = loops.widen ? 2 * kTokensAtOnce : m;  // what is widened is kept
+  for (int64_t token = 0, count; token < m; token += count) {
+    static thread_local KeptMemory memory;
+    count = std::min(step, m - token);
+    const void* read = widened(loops, static_cast<const char*>(x) + token * width * bytes, count * width, memory);
+    char* out = static_cast<char*>(y) + token * features * bytes;
+    Product product{weight, codebook, dtype, forward, read, count, bias, out, more_of(more, dtype, token, 0)};
+    product.plan();
+    product.run();
+  }
 }
 
 void add_product(DType dtype, int64_t m, int64_t features, void* y, const ProductMore& more) {
   const ProductLoops& loops = variant().product[int(dtype)];
-  const int64_t grain = std::max<int64_t>(1, 600000 / std::max<int64_t>(1, m * more.depth * kPanelFeatures));
-  parallel_for(parts(features, kPanelFeatures), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t at = begin * kPanelFeatures; at < std::min(features, end * kPanelFeatures); at += kPanelFeatures) {
-      loops.multiply({nullptr, 0, m, 0, nullptr, nullptr, true, true, nullptr,
-                      static_cast<char*>(y) + at * element_size(dtype), features,
-                      std::min(features - at, kPanelFeatures), true, more_of(more, dtype, 0, at)});
-    }
-  });
+  parallel_for(
+      parts(features, kPanelFeatures), grain_of(m * more.depth * kPanelFeatures), [&](int64_t begin, int64_t end) {
+        for (int64_t at = begin * kPanelFeatures; at < std::min(features, end * kPanelFeatures); at += kPanelFeatures) {
+          loops.multiply({nullptr, 0, m, 0, nullptr, nullptr, true, true, nullptr,
+                          static_cast<char*>(y) + at * element_size(dtype), features,
+                          std::min(features - at, kPanelFeatures), true, more_of(more, dtype, 0, at)});
+        }
+      });
 }
 
 bool can_linear_4bit_backward(DType dtype, int64_t rows) { return can_product(dtype, rows); }

@@ -1,6 +1,6 @@
 // What is compiled once per instruction set: the inner loops, over memory that one thread owns.
 //
-// The portable files (blockwise.cpp, double_quant.cpp, linear.cpp, adamw.cpp) cut the work into such pieces; a variant
+// The portable files (blockwise.cpp, double_quant.cpp, linear.cpp, product.cpp, lora.cpp, adamw.cpp) cut the work into such pieces; a variant
 // fills this table. Every variant gives the same bits. A variant file may include only headers whose functions are always
 // inlined (math.h, element.h, adamw_math.h): anything else it emits could be the copy that the linker keeps for older
 // CPUs. Nor may it run anything when the module is loaded.
