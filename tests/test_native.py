@@ -141,7 +141,8 @@ def test_mean_of_the_absmax(variant):
     assert certain >= 16  # of 18
     assert not mean_of(torch.tensor([1.0, 1.0 + 2.0**-23]))  # halfway between two floats
     assert not mean_of(torch.tensor([1.0, math.nan]))
-    assert not mean_of(torch.empty(0))
+    for dtype in DTYPES:
+        assert not mean_of(torch.empty(0, dtype=dtype))
     for dtype in (torch.bfloat16, torch.float16):  # few bits, so every sum is exact; the mean halfway again
         assert mean_of(torch.tensor([2.0**15, 2.0**-9]).to(dtype))
     assert not mean_of(torch.tensor([2.0**15, 2.0**-9, 2.0**-100, 0.0]).to(torch.bfloat16))

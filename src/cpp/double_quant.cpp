@@ -41,7 +41,7 @@ bool quantize_with_mean(const void* x, DType dtype, int64_t n, int64_t block_siz
   *mean = float(sum * (1 - error) / m);
   if (*mean == float(sum * (1 + error) / m)) return true;
   *mean = float(sum / m);  // numbers of few bits often have their mean right between two float32
-  return dtype != DType::f32 && sums_are_exact(absmax, int64_t(m), sum);
+  return n > 0 && dtype != DType::f32 && sums_are_exact(absmax, int64_t(m), sum);
 }
 
 }  // namespace
