@@ -98,12 +98,7 @@ class BoundLinear:
             return False
         if bias is not None and bias.numel() != layer.out_features:
             return False  # refused elsewhere, in a sentence
-        packed, absmax, nested, mean, quant_type, block_size, map8, nested_block_size = layer.op_args()
-        self._tables = get_codebook(quant_type, block_size), None if nested is None else get_map8(map8)
-        tables = self._tables[0], block_size, self._tables[1], nested_block_size
-        size = layer.out_features, layer.in_features
-        arguments, _ = native.cpu._weight(packed, absmax, nested, mean, *tables, *size)
-        self._weight = native.module.cpu.Weight(*arguments)
+        self._weight, self._tables = _native_weight(layer.op_args(), layer.out_features, layer.in_features)
         self._bias = (0, None) if bias is None else (bias.data_ptr(), bias.dtype)
         self._tensors = [((lambda: None), 0) if t is None else (weakref.ref(t), t.data_ptr()) for t in tensors]
         return True
@@ -148,12 +143,9 @@ class BoundDecoder:
         ordinary = all(autograd.is_plain(t) and t.is_contiguous() and not t.requires_grad for t in tensors)
         if native.cpu is None or not ordinary or not q.shape.numel():
             return False
-        packed, absmax, nested, mean, quant_type, block_size, map8, nested_block_size = q.op_args()
-        self._tables = get_codebook(quant_type, block_size), None if nested is None else get_map8(map8)
-        tables = self._tables[0], block_size, self._tables[1], nested_block_size
-        size = q.shape.numel() // q.shape[-1], q.shape[-1]
-        arguments, _ = native.cpu._weight(packed, absmax, nested, mean, *tables, *size)
-        self._weight, self._addresses = native.module.cpu.Weight(*arguments), addresses
+        rows, cols = q.shape.numel() // q.shape[-1], q.shape[-1]
+        self._weight, self._tables = _native_weight(q.op_args(), rows, cols)
+        self._addresses = addresses
         return True
 
     def __deepcopy__(self, memo: dict) -> "BoundDecoder":
@@ -161,6 +153,16 @@ class BoundDecoder:
 
     def __reduce__(self) -> tuple:
         return BoundDecoder, ()
+
+
+def _native_weight(op_args: tuple, rows: int, cols: int) -> tuple[Any, tuple]:
+    """(_C's Weight, the tables that it points at)."""
+    packed, absmax, nested, mean, quant_type, block_size, map8, nested_block_size = op_args
+    codebook, table8 = get_codebook(quant_type, block_size), None if nested is None else get_map8(map8)
+    weight = packed, absmax, nested, mean, codebook, block_size, table8, nested_block_size
+    backend: Any = native.cpu  # both callers have looked that it is there
+    arguments, _ = backend._weight(*weight, rows, cols)
+    return native.module.cpu.Weight(*arguments), (codebook, table8)
 
 
 def _is_ordinary(tensor: torch.Tensor) -> bool:

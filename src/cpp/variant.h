@@ -1,9 +1,10 @@
 // What is compiled once per instruction set: the inner loops, over memory that one thread owns.
 //
-// The portable files (blockwise.cpp, double_quant.cpp, linear.cpp, product.cpp, lora.cpp, adamw.cpp) cut the work into such pieces; a variant
-// fills this table. Every variant gives the same bits. A variant file may include only headers whose functions are always
-// inlined (math.h, element.h, adamw_math.h): anything else it emits could be the copy that the linker keeps for older
-// CPUs. Nor may it run anything when the module is loaded.
+// The portable files (blockwise.cpp, double_quant.cpp, linear.cpp, product.cpp, lora.cpp, adamw.cpp) cut the work into
+// such pieces; a variant fills this table. Every variant gives the same bits, products excepted, which stay within their
+// bounds. A variant file may include only headers whose functions are always inlined (math.h, element.h, adamw_math.h):
+// anything else it emits could be the copy that the linker keeps for older CPUs. Nor may it run anything when the module
+// is loaded.
 #pragma once
 #include "adamw_math.h"
 #include "types.h"
