@@ -60,18 +60,28 @@ struct Product {
   int64_t depth = 0, panel_bytes = 0, token_part = part(tokens, kTokensAtOnce);
 
   void plan() {
-    // The rows of a panel of dx are short pieces of rows of the weight: several panels share them.
-    const int64_t panels = parts(features, kPanelFeatures);
-    while (!forward && together < kTogether && panels / (2 * together) >= 6 * num_threads()) together *= 2;
+    if (!forward) together = panels_together();
     // Where the sum is cut must not depend on the number of threads.
     depth = part(sum, kPanelMemory / kPanelBytes / (forward ? 1 : kTogether) * elements);
     panel_bytes = parts(depth, elements * kPanelRows) * kPanelRows * kPanelBytes;
   }
+  // The rows of a panel of dx are short pieces of rows of the weight. Several panels share them, as far as that leaves all
+  // threads busy: a round of pieces takes the time of their panels, and each piece about an eighth of a panel's more.
+  int64_t panels_together() const {
+    const int64_t panels = parts(features, kPanelFeatures), blocks = parts(tokens, token_part);
+    int64_t best = 1, least = INT64_MAX;
+    for (int64_t count = 1; count <= kTogether; ++count) {
+      const int64_t time = parts(parts(panels, count) * blocks, num_threads()) * (8 * count + 1);
+      if (time <= least) best = count, least = time;
+    }
+    return best;
+  }
   void run() {
     const int64_t pieces = parts(features, kPanelFeatures * together), blocks = parts(tokens, token_part);
-    parallel_for(pieces * blocks, 1, [&](int64_t begin, int64_t end) {
+    const auto run = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) piece(i % pieces * kPanelFeatures * together, i / pieces * token_part);
-    });
+    };
+    parallel_for(pieces * blocks, 1, run, 1);
   }
 
   // The features from `feature` on, of one panel or of several, for the tokens from `token` on.
