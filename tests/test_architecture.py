@@ -21,7 +21,7 @@ ALLOWED = {
     "backend.py": {"reference", "cpu_linear.py", "cuda_linear.py"},
     "native.py": {"backend.py", "source_hash.py", "cuda_linear.py", "_C"},
     "ops.py": {"reference", "backend.py", "native.py", "gradients.py", "direct.py"},
-    "gradients.py": {"autograd.py"},
+    "gradients.py": {"autograd.py", "direct.py"},
     "direct.py": {"reference", "backend.py", "native.py", "autograd.py"},
     "autograd.py": set(),
     "cpu_linear.py": set(),

@@ -14,6 +14,9 @@ import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
+# By name of the op: (kernel, *args) -> the kernel's result, with a node, where all arguments are plain
+recorders: dict[str, Callable[..., torch.Tensor]] = {}
+
 
 def register(
     lib: torch.library.Library,
@@ -58,11 +61,18 @@ def register(
 
             with enable_single_level_autograd_function():
                 return super(torch.autograd.Function, Node).apply(*args, lower)
-        y = Node.apply(*args, lambda: _hollow(args[0], output_shape(*args)))  # a recomputation stops in here
-        y.data = compute()
+        return record(lambda *_: compute(), *args)
+
+    def record(compute, *args):
+        y = apply(*args, lambda: _hollow(args[0], output_shape(*args)))  # a recomputation stops in here
+        with torch._C._AutoDispatchBelowAutograd():
+            y.data = compute(*args)
         return y
 
-    lib.impl(op._schema.name.split("::")[1], kernel, "Autograd", with_keyset=True)
+    apply = super(torch.autograd.Function, Node).apply
+    name = op._schema.name.split("::")[1]
+    recorders[name] = record
+    lib.impl(name, kernel, "Autograd", with_keyset=True)
 
 
 def register_composite(lib: torch.library.Library, op: Any, composite: Callable[..., Any]) -> None:
@@ -95,6 +105,11 @@ def is_plain(x: torch.Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
     )
+
+
+def are_alive(*args: Any) -> bool:
+    """No wrapper among them that a transform of torch.func has left behind."""
+    return not any(torch._C._functorch.is_functorch_wrapped_tensor(a) for a in args if type(a) is torch.Tensor)
 
 
 def _has_tangent(args: tuple) -> bool:

@@ -3,7 +3,7 @@
 Decoding one token is hundreds of calls of a millisecond, and between two of them the caches fill with weights: the
 interpreter's and torch's own data come from memory again. So what counts is how many functions of torch a call needs.
 
-    direct(name)    the op, past the dispatcher where nobody records it
+    direct(name)    the op, past the dispatcher where nobody but autograd looks on
     BoundLinear     the linear layer with all that does not change looked up once: the CPU
     BoundDecoder    the same for dequantize(out=...)
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch._C import _get_tracing_state, _is_any_autocast_enabled, _len_torch_dispatch_stack
-from torch.autograd import forward_ad, profiler
+from torch.autograd import profiler
 
 from . import autograd, native
 from .backend import DTYPE
@@ -25,7 +25,7 @@ direct_kernels: dict[tuple[str, str], Callable[..., Any]] = {}  # by name of the
 
 
 def direct(name: str) -> Callable[..., Any]:
-    """The op `name`, past the dispatcher where it would only pass the call on."""
+    """The op `name`, past the dispatcher where it would only pass the call on, or record it for backward."""
 
     op = getattr(torch.ops.qlora_ref, name)
 
@@ -33,18 +33,20 @@ def direct(name: str) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             return op(x, *args)
         kernel = direct_kernels.get((name, x.device.type))
-        second = not isinstance(args[0], torch.Tensor) or autograd.is_plain(args[0])
-        if kernel is None or not (autograd.is_plain(x) and second) or _is_recorded(x, args):
+        plain = autograd.is_plain(x) and (not isinstance(args[0], torch.Tensor) or autograd.is_plain(args[0]))
+        if kernel is None or not plain or _is_followed():
             return op(x, *args)
-        return kernel(x, *args)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, *args)):
+            return kernel(x, *args)
+        record = autograd.recorders.get(name)
+        return record(kernel, x, *args) if record and autograd.are_alive(x, *args) else op(x, *args)
 
     return call
 
 
-def _is_recorded(x, args) -> bool:
-    """By autograd in either direction, a profiler or a tracer."""
-    wants_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(x, *args)
-    return wants_grad or autograd.is_forward_mode() or profiler._is_profiler_enabled or _get_tracing_state() is not None
+def _is_followed() -> bool:
+    """By forward-mode derivatives, a profiler or a tracer."""
+    return autograd.is_forward_mode() or profiler._is_profiler_enabled or _get_tracing_state() is not None
 
 
 class BoundLinear:
@@ -171,10 +173,4 @@ def _is_ordinary(tensor: torch.Tensor) -> bool:
 
 def _is_watched() -> bool:
     """By a tracer, a mode that follows operations, autocast, forward-mode derivatives or a profiler."""
-    return (
-        _get_tracing_state() is not None
-        or _len_torch_dispatch_stack() != 0
-        or _is_any_autocast_enabled()
-        or forward_ad._current_level >= 0
-        or profiler._is_profiler_enabled
-    )
+    return _is_followed() or _len_torch_dispatch_stack() != 0 or _is_any_autocast_enabled()

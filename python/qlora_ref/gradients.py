@@ -5,13 +5,18 @@ arguments, and the op on dual tensors (forward mode).
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch.autograd.forward_ad import make_dual, unpack_dual
 
 from . import autograd
+from .direct import direct
 
 WEIGHT_ARGS = 8  # packed, absmax, nested_absmax, absmax_mean, quant_type, block_size, map8, nested_block_size
+
+
+_direct = cache(direct)  # the ops do not exist yet when this module is read
 
 
 def _output_shape(x, *args):  # of each op: behind the weight stands the number of output features
@@ -27,7 +32,7 @@ def _save_linear(ctx, inputs):
 def _linear_backward(ctx, dy):
     dx = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = torch.ops.qlora_ref.linear_4bit_backward(dy, *ctx.saved_tensors, *ctx.spec, ctx.in_features)
+        dx = _direct("linear_4bit_backward")(dy, *ctx.saved_tensors, *ctx.spec, ctx.in_features)
     if ctx.needs_input_grad[2 + WEIGHT_ARGS]:
         dbias = dy.flatten(0, -2).sum(0)
     return dx, *[None] * WEIGHT_ARGS, None, dbias
@@ -54,7 +59,8 @@ def _lora_linear_backward(ctx, dy):
             "would be wrong; change weights after backward()"
         )
     need_dx = ctx.needs_input_grad[0]
-    dx, dA, dB = torch.ops.qlora_ref.lora_linear_4bit_backward(dy, x, *ctx.weight, lora_A, lora_B, ctx.scaling, need_dx)
+    lora_backward = _direct("lora_linear_4bit_backward")
+    dx, dA, dB = lora_backward(dy, x, *ctx.weight, lora_A, lora_B, ctx.scaling, need_dx)
     dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2 + WEIGHT_ARGS] else None
     return dx if need_dx else None, *[None] * WEIGHT_ARGS, None, dbias, dA, dB, None
 
