@@ -1,6 +1,7 @@
 #include "parallel.h"
 
 #include <atomic>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -20,11 +21,15 @@ using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 std::atomic<bool> forked{false};
 
+#ifndef _WIN32
+// From when the module is loaded: torch may have started libgomp's workers before our first team.
+[[maybe_unused]] const int watch = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
 GompParallel find_runtime() {
 #ifdef _WIN32
   return nullptr;
 #else
-  pthread_atfork(nullptr, nullptr, [] { forked = true; });
   return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
 #endif
 }
@@ -43,7 +48,10 @@ void run_team(int threads, void (*body)(void*), void* context) {
     return;
   }
   std::vector<std::thread> team;
-  for (int i = 1; i < threads; ++i) team.emplace_back(body, context);
+  try {
+    for (int i = 1; i < threads; ++i) team.emplace_back(body, context);
+  } catch (const std::system_error&) {  // the system gives no more: those that there are do all the work
+  }
   body(context);
   for (auto& thread : team) thread.join();
 }
