@@ -40,6 +40,25 @@ QLORA_INLINE void add_half_row(__m512 (&sum)[R][kPanelRegisters], const char* x,
   }
 }
 
+// sum += the second term, where sums are cut one of its own
+template <class Lanes, int R>
+QLORA_INLINE void add_more(__m512 (&sum)[R][kPanelRegisters], const ProductMore& more, int64_t token) {
+  const char *x = static_cast<const char*>(more.x) + token * more.x_stride,
+             *panel = static_cast<const char*>(more.panel);
+  const int64_t rows = more.depth / Lanes::kElements;
+  if constexpr (Lanes::kRun == INT64_MAX) {
+    add_rows<Lanes, R>(sum, x, more.x_stride, panel, rows);
+  } else {
+    __m512 own[R][kPanelRegisters] = {};
+    add_rows<Lanes, R>(own, x, more.x_stride, panel, rows);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kPanelRegisters; ++v) sum[r][v] = _mm512_add_ps(sum[r][v], own[r][v]);
+    }
+  }
+}
+
 // R tokens of a piece, from `token` on. Every Lanes::kRun rows of the panel have a sum of their own, so that in float32
 // the error does not grow with the whole length.
 template <class Lanes, int R>
@@ -62,10 +81,7 @@ void product_tile(const ProductPiece& piece, int64_t token) {
       add_half_row<Lanes, R>(sum, x + 4 * end, piece.x_stride, panel + end * kPanelBytes);
     }
     const bool first = piece.first && row == 0, last = piece.last && end == whole;
-    if (last && piece.more.depth) {
-      add_rows<Lanes, R>(sum, static_cast<const char*>(piece.more.x) + token * piece.more.x_stride, piece.more.x_stride,
-                         static_cast<const char*>(piece.more.panel), piece.more.depth / Lanes::kElements);
-    }
+    if (last && piece.more.depth) add_more<Lanes, R>(sum, piece.more, token);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
