@@ -66,7 +66,7 @@ constexpr int64_t kPanelFeatures = 64;
 constexpr int64_t kPanelRows = 16;       // decoded rows that are packed together
 constexpr int64_t kPanelBytes = 64 * 4;  // a row of a panel
 
-// A second term of the sum: more_x (tokens, depth) more_panel. The whole of it belongs to the last part.
+// A second term of the sum: more_x (tokens, depth) more_panel. The whole of it belongs to one part.
 struct ProductMore {
   const void* x;
   int64_t x_stride, depth;
