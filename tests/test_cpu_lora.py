@@ -14,9 +14,17 @@ pytestmark = pytest.mark.skipif(native.cpu is None, reason=f"no native CPU: {nat
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORWARD, BACKWARD = torch.ops.qlora_ref.lora_linear_4bit, torch.ops.qlora_ref.lora_linear_4bit_backward
 
-needs_lora_kernel = pytest.mark.skipif(
-    native.cpu is None or not native.module.cpu.can_lora(DTYPE[torch.bfloat16], 16), reason="no kernel for LoRA here"
-)
+
+def has_kernel(dtype) -> bool:
+    return native.cpu is not None and native.module.cpu.can_lora(DTYPE[dtype], 16)
+
+
+NATIVE = [
+    pytest.param(
+        dtype, id=str(dtype), marks=pytest.mark.skipif(not has_kernel(dtype), reason="no kernel for LoRA here")
+    )
+    for dtype in (torch.float32, torch.bfloat16)
+]
 
 
 def problem(tokens, rows=96, cols=128, rank=5, dtype=torch.float32, bias=True):
@@ -43,8 +51,16 @@ def check(op, arguments):
         assert_within_bound(mine, same, value, bound, f"{op} {name}")
 
 
-def _stored(x):
-    return x.to(torch.bfloat16).float()
+def check_bounds(forward, dy):
+    """The rounding bound alone: in float32 the largest of a few errors, beside torch's, is luck."""
+    for op, arguments in (
+        ("lora_linear_4bit", forward),
+        ("lora_linear_4bit_backward", backward_arguments(forward, dy)),
+    ):
+        outputs = getattr(torch.ops.qlora_ref, op)(*arguments)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        for mine, (name, value, bound) in zip(outputs, bounds(op, arguments), strict=True):
+            assert ((mine.double() - value).abs() <= bound).all(), f"{op} {name}"
 
 
 def check_both(forward, dy):
@@ -76,10 +92,11 @@ def test_bound_over_several_panels(dtype, monkeypatch):
     assert counted == 2 * rows + 2 * cols  # once each for the reference, whose base path is dispatched too
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(0, 8, 64), (3, 1, 64), (7, 64, 1), (140, 5, 3)])
-def test_odd_shapes(shape):
+def test_odd_shapes(shape, dtype):
     tokens, rows, cols = shape
-    check_both(*problem(tokens, rows, cols, rank=2, dtype=torch.bfloat16))
+    check_both(*problem(tokens, rows, cols, rank=2, dtype=dtype))
 
 
 @pytest.fixture(params=native.cpu_variants() if native.cpu else [])
@@ -90,46 +107,96 @@ def variant(request):
     native.set_cpu_variant(before)
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3, 16, 17, 64, 256])
+def test_which_variants_have_it(variant):
+    """float32 from AVX-512 on, bfloat16 with AVX512-BF16, float16 nowhere (docs/08_kernels.md)."""
+    wide = variant.startswith("avx512")
+    assert [has_kernel(dtype) for dtype in DTYPES] == [wide, variant == "avx512_bf16", False]
+    can_lora = native.module.cpu.can_lora
+    assert [can_lora(DTYPE[torch.float32], rank) for rank in (0, 1, 256, 257)] == [False, wide, wide, False]
+
+
+RANKS = [1, 2, 3, 7, 8, 9, 16, 17, 31, 64, 256]
+TAILS = [1, 2, 3, 4, 5, 6, 7, 11, 127, 128, 129, 256, 257, 513]
+ODD = [(32, 64), (31, 33), (1, 95), (98, 2)]  # features that fill no strip of 32, no pair of either
+
+
+@pytest.mark.parametrize("rank", RANKS)
 def test_bound_for_every_rank(rank, variant):
-    for adapter in (torch.float32, torch.bfloat16, torch.float16):
+    for adapter in DTYPES:
         (x, *rest, A, B, scaling), dy = problem(13, rows=70, cols=67, rank=rank, dtype=torch.bfloat16)
         check_both((x, *rest, A.to(adapter), B.to(adapter), scaling), dy)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 11, 256, 257, 513])
+@pytest.mark.parametrize("rank", RANKS)
+def test_bound_for_every_rank_in_float32(rank, variant):
+    """An adapter in 16 bits is that in float32, its gradients rounded."""
+    (x, *rest, A, B, scaling), dy = problem(13, rows=70, cols=67, rank=rank)
+    check_bounds((x, *rest, A, B, scaling), dy)
+    for adapter in (torch.bfloat16, torch.float16):
+        narrow = (x, *rest, A.to(adapter), B.to(adapter), scaling)
+        wide = (x, *rest, A.to(adapter).float(), B.to(adapter).float(), scaling)
+        assert_bits_equal(FORWARD(*narrow), FORWARD(*wide))
+        actual, expected = (BACKWARD(*backward_arguments(f, dy)) for f in (narrow, wide))
+        for a, e in zip(actual, (expected[0], *(e.to(adapter) for e in expected[1:])), strict=True):
+            assert_bits_equal(a, e)
+
+
+@pytest.mark.parametrize("tokens", TAILS)
 def test_bound_of_the_thin_products_for_every_tail(tokens, variant):
-    """Tokens that fill no block, features that fill no strip of 32, no pair of either."""
-    for rows, cols in ((32, 64), (31, 33), (1, 95), (98, 2)):
+    """Tokens that fill no block, odd features."""
+    for rows, cols in ODD:
         check_both(*problem(tokens, rows, cols, rank=5, dtype=torch.bfloat16))
+        check_bounds(*problem(tokens, rows, cols, rank=5))
 
 
-@needs_lora_kernel
-@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+@pytest.mark.skipif(not has_kernel(torch.float32), reason="no kernel for LoRA here")
+def test_the_error_of_long_sums_is_torchs():
+    """u and v over 8192 features, dA and dB over 8192 tokens: not more than twice the error of torch's products."""
+    g = torch.Generator().manual_seed(0)
+    error = lambda value, exact: (value.double() - exact).square().mean().sqrt().item()
+    for tokens, features in ((64, 8192), (8192, 64)):
+        zeros = QuantizedTensor.quantize(torch.zeros(features, features)).op_args()
+        x, dy, A, B = (torch.randn(s, generator=g) for s in (*2 * [(tokens, features)], (16, features), (features, 16)))
+        y = FORWARD(x, *zeros, features, None, A, B, 1.0)
+        exact_u, exact_v = x.double() @ A.double().T, dy.double() @ B.double()
+        dx, dA, dB = BACKWARD(dy, x, *zeros, A, B, 1.0, True)
+        u, v = x @ A.T, dy @ B
+        for mine, torchs, exact in (
+            (y, u @ B.T, exact_u @ B.double().T),
+            (dx, v @ A, exact_v @ A.double()),
+            (dA, v.T @ x, exact_v.T @ x.double()),
+            (dB, dy.T @ u, dy.double().T @ exact_u),
+        ):
+            assert error(mine, exact) <= 2 * error(torchs, exact)
+
+
+@pytest.mark.parametrize("dtype", NATIVE)
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "sizes", [(1, 1, 1, 1), (7, 67, 97, 3), (257, 64, 35, 17), (300, 34, 133, 33), (40, 5000, 70, 16)], ids=str
 )
-def test_small_integers_are_exact(adapter, sizes):
+def test_small_integers_are_exact(sizes, adapter, dtype):
     """Every number fits bfloat16 and every sum float32, so a wrong place, pair or rounding is another number."""
+    stored = lambda x: x.to(dtype).float()
     tokens, in_features, out_features, rank = sizes
     g = torch.Generator().manual_seed(tokens)
     shapes = (tokens, in_features), (tokens, out_features), (rank, in_features), (out_features, rank)
     x, dy, A, B = (torch.randint(-2, 3, s, generator=g).float() for s in shapes)
     W = torch.randint(-1, 2, (out_features, in_features), generator=g).float()  # NF4 has -1, 0 and 1
     weight = QuantizedTensor.quantize(W, QuantConfig(double_quant=False)).op_args()
-    u, v = _stored(0.5 * x @ A.T), _stored(0.5 * dy @ B)
+    u, v = stored(0.5 * x @ A.T), stored(0.5 * dy @ B)
     expected = x @ W.T + u @ B.T, dy @ W + v @ A, v.T @ x, dy.T @ u
-    x, dy, A, B = x.bfloat16(), dy.bfloat16(), A.to(adapter), B.to(adapter)
+    x, dy, A, B = x.to(dtype), dy.to(dtype), A.to(adapter), B.to(adapter)
     y = FORWARD(x, *weight, out_features, None, A, B, 0.5)
     outputs = y, *BACKWARD(dy, x, *weight, A, B, 0.5, True)
     for actual, value, name in zip(outputs, expected, ("y", "dx", "dA", "dB"), strict=True):
         assert_bits_equal(actual + 0, value.to(actual.dtype) + 0, name)  # + 0: no minus zero
 
 
-@needs_lora_kernel
-def test_no_dependence_on_the_number_of_threads():
+@pytest.mark.parametrize("dtype", NATIVE)
+def test_no_dependence_on_the_number_of_threads(dtype):
     """Nor does a token's row depend on the tokens beside it."""
-    forward, dy = problem(301, rows=1200, cols=1333, rank=20, dtype=torch.bfloat16)
+    forward, dy = problem(301, rows=1200, cols=1333, rank=20, dtype=dtype)
     results, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 5):
@@ -144,11 +211,11 @@ def test_no_dependence_on_the_number_of_threads():
     assert_bits_equal(FORWARD(x[-40:], *rest), results[0][0][-40:])
 
 
-@needs_lora_kernel
+@pytest.mark.parametrize("dtype", NATIVE)
 @pytest.mark.parametrize("tokens", [3, 35])
-def test_infinity_and_nan_are_passed_on(tokens):
+def test_infinity_and_nan_are_passed_on(tokens, dtype):
     """To the outputs they belong to, and to no other: padding must not turn them into NaN."""
-    (x, *weight, rows, _, A, B, _), dy = problem(tokens, rows=33, cols=35, rank=3, dtype=torch.bfloat16, bias=False)
+    (x, *weight, rows, _, A, B, _), dy = problem(tokens, rows=33, cols=35, rank=3, dtype=dtype, bias=False)
     A, B, x, dy, others = A.abs(), B.abs(), x.abs(), dy.abs(), [t for t in range(tokens) if t != 1]
     weight[0] = torch.full_like(weight[0], 0xFF)  # +1 everywhere: no two signs meet
     x[1, 34] = torch.inf
@@ -164,9 +231,35 @@ def test_infinity_and_nan_are_passed_on(tokens):
     assert y[1].isnan().all() and y[others].isfinite().all()
 
 
-@needs_lora_kernel
-def test_an_adapter_of_the_wrong_shape_is_refused():
-    (x, *rest, A, B, scaling), dy = problem(3, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", NATIVE)
+def test_nothing_behind_the_inputs_is_read(dtype):
+    """A panel, a strip and a pair reach past the last feature and token; what lies there must not count."""
+    (x, *rest, A, B, scaling), dy = problem(41, rows=33, cols=35, rank=3, dtype=dtype, bias=False)
+    results = []
+    for last in (0.0, torch.nan, torch.inf):
+        cut = [torch.cat((t.flatten(), t.new_full((4096,), last)))[: t.numel()].view_as(t) for t in (x, dy, A, B)]
+        forward = (cut[0], *rest, *cut[2:], scaling)
+        results.append((FORWARD(*forward), *BACKWARD(*backward_arguments(forward, cut[1]))))
+    for other in results[1:]:
+        for a, b, name in zip(other, results[0], ("y", "dx", "dA", "dB"), strict=True):
+            assert_bits_equal(a, b, name)
+
+
+@pytest.mark.parametrize("dtype", NATIVE)
+@pytest.mark.parametrize(
+    "config", [QuantConfig(), QuantConfig(double_quant=False, block_size=128)], ids=["nested", "flat"]
+)
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_bound_nested_and_flat(tokens, config, dtype):
+    (x, *old, A, B, scaling), dy = problem(tokens, rows=100, cols=256, rank=5, dtype=dtype)
+    g = torch.Generator().manual_seed(1)
+    weight = QuantizedTensor.quantize(torch.randn(100, 256, generator=g), config).op_args()
+    check_both((x, *weight, *old[len(weight) :], A, B, scaling), dy)
+
+
+@pytest.mark.parametrize("dtype", NATIVE)
+def test_an_adapter_of_the_wrong_shape_is_refused(dtype):
+    (x, *rest, A, B, scaling), dy = problem(3, dtype=dtype)
     for a, b in ((A[:, 1:], B), (A, B[1:]), (A[1:], B), (A, B.T)):
         with pytest.raises(ValueError, match="for this layer they must be"):
             FORWARD(x, *rest, a, b, scaling)
@@ -174,22 +267,26 @@ def test_an_adapter_of_the_wrong_shape_is_refused():
             BACKWARD(*backward_arguments((x, *rest, a, b, scaling), dy))
 
 
+@pytest.mark.parametrize("dtype", NATIVE)
 @pytest.mark.parametrize("tokens", [6, 140])
-def test_strided_and_batched_inputs_give_the_same_bits(tokens):
-    """x and dy as slices, transposed, and with two batch dimensions."""
-    (x, *rest), dy = problem(tokens, dtype=torch.bfloat16)
+def test_strided_and_batched_inputs_give_the_same_bits(tokens, dtype):
+    """x, dy, A and B as slices or transposed, and with two batch dimensions."""
+    (x, *rest), dy = problem(tokens, dtype=dtype)
     y, grads = FORWARD(x, *rest), BACKWARD(*backward_arguments((x, *rest), dy))
     wide = torch.stack((x, -x), -1)[..., 0]
     dy_t = dy.T.contiguous().T
     assert not wide.is_contiguous() and not dy_t.is_contiguous()
     assert_bits_equal(FORWARD(wide.view(2, tokens // 2, -1), *rest).flatten(0, 1), y)
+    *rest, A, B, scaling = rest
+    rest += [A.T.contiguous().T, torch.stack((B, -B), -1)[..., 0], scaling]
     again = BACKWARD(*backward_arguments((wide, *rest), dy_t))
     for a, b, name in zip(again, grads, ("dx", "dA", "dB"), strict=True):
         assert_bits_equal(a, b, name)
 
 
-def test_without_dx_the_adapter_gets_the_same_gradient():
-    forward, dy = problem(140, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", NATIVE)
+def test_without_dx_the_adapter_gets_the_same_gradient(dtype):
+    forward, dy = problem(140, dtype=dtype)
     _, dA, dB = BACKWARD(*backward_arguments(forward, dy))
     nothing, dA2, dB2 = BACKWARD(*backward_arguments(forward, dy, need_dx=False))
     assert nothing.numel() == 0
@@ -257,8 +354,8 @@ def test_recomputation_stops_before_the_last_product(monkeypatch):
     model, x = TwoLayers(), torch.randn(140, 64, requires_grad=True)
     leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
     expected = torch.autograd.grad(model(x).sum(), leaves)
-    calls, forward = [], native.cpu.linear_4bit_forward
-    monkeypatch.setattr(native.cpu, "linear_4bit_forward", lambda x, *a: calls.append(x.shape) or forward(x, *a))
+    calls, forward = [], native.cpu.lora_linear_4bit
+    monkeypatch.setattr(native.cpu, "lora_linear_4bit", lambda x, *a: calls.append(x.shape) or forward(x, *a))
     y = checkpoint(model, x, use_reentrant=False)
     assert calls == [(140, 64), (140, 96)]
     actual = torch.autograd.grad(y.sum(), leaves)

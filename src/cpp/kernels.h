@@ -58,7 +58,7 @@ void dequantize_region(const Weight4bit& weight, const Codebook& codebook, int64
                        int64_t first_col, int64_t cols, void* out, DType dtype);
 
 // --- LoRA (reference/linear.py), only where can_... says so; the linear layer must be possible too ----------------------
-// A and B are rounded to `dtype` (bf16 is the only one yet), u = scaling x A^T and v = scaling dy B are stored in it,
+// A and B are of `dtype` (f32 or bf16) or, as f32, rounded to it; u = scaling x A^T and v = scaling dy B are stored in it;
 // float32 accumulation, one rounding of every output; for 32 tokens and fewer y is rounded before u B^T too.
 
 bool can_lora(DType dtype, int64_t rank);

@@ -66,7 +66,7 @@ constexpr int64_t kPanelFeatures = 64;
 constexpr int64_t kPanelRows = 16;       // decoded rows that are packed together
 constexpr int64_t kPanelBytes = 64 * 4;  // a row of a panel
 
-// A second term of the sum: more_x (tokens, depth) more_panel. The whole of it belongs to the last part.
+// A second term of the sum: more_x (tokens, depth) more_panel. The whole of it belongs to one part.
 struct ProductMore {
   const void* x;
   int64_t x_stride, depth;
@@ -97,38 +97,38 @@ struct ProductLoops {
   void (*widen)(const void* x, int64_t n, float* out);  // to the element of x, where it is not the dtype itself
 };
 
-// --- LoRA: 2 bytes an element, float32 sums ---
+// --- LoRA: elements in dwords as above, float32 sums ---
 
-constexpr int64_t kLoraGroup = 16;   // ranks: packed adapters are padded to whole groups
-constexpr int64_t kLoraStrip = 32;   // features whose gradients are computed together
-constexpr int64_t kLoraTokens = 6;   // that share a packed adapter
-constexpr int64_t kLoraRank = 256;   // at most
-constexpr int64_t kLoraChunk = 256;  // tokens of a strip that stay in the first-level cache
-constexpr int64_t kLoraScratchBytes = kLoraChunk * kLoraStrip * 2 + kLoraRank * kLoraStrip * 4;
+constexpr int64_t kLoraGroup = 16;  // ranks: packed adapters are padded to whole groups
+constexpr int64_t kLoraStrip = 32;  // features whose gradients are computed together
+constexpr int64_t kLoraTokens = 6;  // that share a packed adapter
+constexpr int64_t kLoraRank = 256;  // at most
+constexpr int64_t kLoraRows = 128;  // of dwords, of tokens in a strip: they stay in the first-level cache
+constexpr int64_t kLoraScratchBytes = (kLoraRows + kLoraRank) * kLoraStrip * 4;
 
 // An adapter's matrix, (rank, features) or (features, rank), as the two kinds of product want it.
 struct LoraPacking {
   const void* matrix;
-  DType dtype;  // f32, bf16
+  DType dtype;  // f32, or that of x
   int64_t rank, features;
   bool rank_rows;
   void* down;  // for sums over features, or null
   void* up;    // for sums over ranks, or null
 };
-// middle = scaling x down^T in bf16, zeros behind the rank up to a whole group: as `rows` (m, ranks), and as `pairs` of
-// tokens (ceil(m / 2), ranks, 2), where given
+// middle = scaling x down^T in the dtype of x, zeros behind the rank up to a whole group: as `rows` (m, ranks), and as
+// `dwords` of tokens (tokens, ranks), which in bf16 are pairs (ceil(m / 2), ranks, 2), where given
 struct LoraTokens {
   const void* x;
   int64_t m, in, rank;
   float scaling;
   const void* down;
-  void *rows, *pairs;
+  void *rows, *dwords;
 };
 // gradient (rank, features) = middle^T x, or its transpose
 struct LoraGradient {
   const void* x;
   int64_t m, features, rank;
-  const void* pairs;
+  const void* dwords;  // of the middle
   void* gradient;
   DType dtype;
   bool rank_rows;
@@ -164,7 +164,7 @@ struct Variant {
   ProductLoops product[3];  // by DType, null where there are none
 
   AdamWLoops adamw;
-  LoraLoops lora;  // null where there are none
+  LoraLoops lora[3];  // by DType, null where there are none
 };
 
 extern const Variant scalar_variant;

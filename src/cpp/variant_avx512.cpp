@@ -395,6 +395,10 @@ constexpr ProductLoops f32_product = {4, pack_features<F32Product<dtype>>, pack_
                                       multiply<F32Product<dtype>>,
                                       dtype == DType::f32 ? nullptr : F32Product<dtype>::widen};
 
+// --- LoRA ----------------------------------------------------------------------------------------------------------------
+
+#include "variant_avx512_f32_lora.h"
+
 bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -415,6 +419,7 @@ void extend(Variant& variant) {
   extend_dtype<DType::f16>(variant);
   variant.product[int(DType::f32)] = f32_product<DType::f32>;
   variant.product[int(DType::f16)] = f32_product<DType::f16>;
+  variant.lora[int(DType::f32)] = f32_lora;
   variant.double_quantize = double_quantize;
   variant.nested_values = nested_values;
   variant.sum_of_positive = sum_of_positive;

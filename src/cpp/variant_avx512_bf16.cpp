@@ -161,7 +161,7 @@ void extend(Variant& variant) {
   variant.linear_x_bytes[int(DType::bf16)] = 2;
   variant.product[int(DType::bf16)] = {2, pack_features<BF16Product>, pack_sum<BF16Product>, multiply<BF16Product>,
                                        nullptr};
-  variant.lora = {lora_pack, lora_tokens, lora_gradient};
+  variant.lora[int(DType::bf16)] = bf16_lora;
 }
 
 }  // namespace

@@ -40,6 +40,25 @@ QLORA_INLINE void add_half_row(__m512 (&sum)[R][kPanelRegisters], const char* x,
   }
 }
 
+// sum += the second term
+template <class Lanes, int R>
+QLORA_INLINE void add_more(__m512 (&sum)[R][kPanelRegisters], const ProductMore& more, int64_t token) {
+  add_rows<Lanes, R>(sum, static_cast<const char*>(more.x) + token * more.x_stride, more.x_stride,
+                     static_cast<const char*>(more.panel), more.depth / Lanes::kElements);
+}
+
+// The second term as a sum of its own, before all others: later there would be too few registers for both.
+template <class Lanes, int R>
+QLORA_INLINE void begin_with_more(const ProductMore& more, int64_t token, float* sums) {
+  __m512 sum[R][kPanelRegisters] = {};
+  add_more<Lanes, R>(sum, more, token);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kPanelRegisters; ++v) _mm512_storeu_ps(sums + r * kPanelFeatures + 16 * v, sum[r][v]);
+  }
+}
+
 // R tokens of a piece, from `token` on. Every Lanes::kRun rows of the panel have a sum of their own, so that in float32
 // the error does not grow with the whole length.
 template <class Lanes, int R>
@@ -48,6 +67,8 @@ void product_tile(const ProductPiece& piece, int64_t token) {
              *panel = static_cast<const char*>(piece.panel);
   const int64_t whole = piece.depth / Lanes::kElements;
   float* sums = piece.sums + token * kPanelFeatures;
+  const bool own = Lanes::kRun < INT64_MAX && piece.depth && piece.more.depth;
+  if (own && piece.first) begin_with_more<Lanes, R>(piece.more, token, sums);
   int64_t row = 0;
   do {
     const int64_t end = whole - row < Lanes::kRun ? whole : row + Lanes::kRun;
@@ -61,11 +82,8 @@ void product_tile(const ProductPiece& piece, int64_t token) {
     if (end == whole && whole * Lanes::kElements < piece.depth) {
       add_half_row<Lanes, R>(sum, x + 4 * end, piece.x_stride, panel + end * kPanelBytes);
     }
-    const bool first = piece.first && row == 0, last = piece.last && end == whole;
-    if (last && piece.more.depth) {
-      add_rows<Lanes, R>(sum, static_cast<const char*>(piece.more.x) + token * piece.more.x_stride, piece.more.x_stride,
-                         static_cast<const char*>(piece.more.panel), piece.more.depth / Lanes::kElements);
-    }
+    const bool first = piece.first && row == 0 && !own, last = piece.last && end == whole;
+    if (last && piece.more.depth && !own) add_more<Lanes, R>(sum, piece.more, token);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
