@@ -1,6 +1,8 @@
 """Fixtures, and the header and footer that make a missing backend visible."""
 
 import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,6 +71,13 @@ def data_dir() -> Path:
     if path is None:
         pytest.skip("the shared data folder is absent (set QLORA_DATA)")
     return path
+
+
+def run_python(code: str, **environment) -> subprocess.CompletedProcess:
+    """In a fresh interpreter that imports what this one does."""
+    path = os.pathsep.join(p for p in sys.path if p)
+    env = {**os.environ, "PYTHONPATH": path, **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
 
 
 @pytest.fixture(scope="module")

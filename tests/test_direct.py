@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_ref import native, ops
-from qlora_ref.nn import Linear4bit
+from qlora_ref.nn import Linear4bit, LoRALinear
 from qlora_ref.quantized import QuantConfig
 
 pytestmark = pytest.mark.skipif(native.cpu is None, reason=f"no CPU kernels: {native.missing['cpu']}")
@@ -147,6 +147,38 @@ def test_compute_dtype_and_autocast():
     plain = make()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not is_bound(plain, x) and plain(x).dtype == torch.bfloat16
+
+
+class Other(torch.Tensor):
+    """A tensor of another class, which may follow what is done with it."""
+
+
+def test_a_call_that_learns_goes_to_the_kernel_and_its_gradient_too(monkeypatch):
+    """The same bits as through the dispatcher, which still gets whatever is more than a plain recorded call."""
+    lora, x = LoRALinear(make(bias=False), 4, 8), torch.randn(3, 256, requires_grad=True)
+    lora.lora_B.data.normal_()
+    leaves, calls = (x, lora.lora_A, lora.lora_B), []
+    for name in ("lora_linear_4bit", "lora_linear_4bit_backward"):
+        kernel = ops.direct_kernels[name, "cpu"]
+        spy = lambda *args, name=name, kernel=kernel: calls.append(name) or kernel(*args)
+        monkeypatch.setitem(ops.direct_kernels, (name, "cpu"), spy)
+
+    def results(forward):
+        calls.clear()
+        y = forward(x)
+        return y.detach(), *torch.autograd.grad(y.sum(), leaves)
+
+    base = lora.base_layer
+    arguments = *base.op_args(), base.out_features, None, lora.lora_A, lora.lora_B, lora.scaling
+    wanted = results(lambda x: torch.ops.qlora_ref.lora_linear_4bit(x, *arguments))
+    assert calls == ["lora_linear_4bit_backward"]
+    assert all(map(torch.equal, results(lora), wanted))
+    assert calls == ["lora_linear_4bit", "lora_linear_4bit_backward"]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert all(map(torch.equal, results(lora), wanted)) and not calls
+    other = (*arguments[:-3], lora.lora_A.detach().as_subclass(Other), *arguments[-2:])
+    ops.lora_linear_4bit(x, *other)
+    assert not calls
 
 
 def test_who_watches_sees_the_op():

@@ -5,15 +5,14 @@ test_parity.py runs all cases on the fastest variant; here each variant is force
 
 import dataclasses
 import math
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import run_python
 from qlora_ref import native
 from qlora_ref.reference.blockwise import BLOCK_SIZES, dequantize_blockwise, quantize_blockwise
 from qlora_ref.reference.codebook import NAMES, get_codebook
@@ -242,37 +241,6 @@ def test_threads_give_the_same_bits(variant):
     for packed, absmax in results[1:]:
         assert_bits_equal(packed, results[0][0], variant)
         assert_bits_equal(absmax, results[0][1], variant)
-
-
-def run_python(code: str, **environment) -> subprocess.CompletedProcess:
-    path = os.pathsep.join(p for p in sys.path if p)
-    env = {**os.environ, "PYTHONPATH": path, **environment}
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_kernels_work_in_a_forked_child():
-    """libgomp's threads do not survive a fork; a child that waited for them would hang (as torch's own ops do)."""
-    code = """
-import os, warnings
-warnings.simplefilter("ignore")
-import torch
-from qlora_ref import native
-from qlora_ref.reference.codebook import get_codebook
-torch.set_num_threads(2)
-x = torch.randn(400_000)
-before = native.cpu.quantize_4bit(x, get_codebook("nf4"), 64)
-libgomp_has_run = (x + x).sum()
-pid = os.fork()
-after = native.cpu.quantize_4bit(x, get_codebook("nf4"), 64)
-same = all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in zip(before, after))  # torch.equal would hang
-if pid == 0:
-    os._exit(0 if same else 1)
-status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-raise SystemExit(status if same else 2)
-"""
-    result = run_python(code)
-    assert result.returncode == 0, result.stderr
 
 
 def test_no_variant_runs_anything_when_the_module_is_loaded():

@@ -1,13 +1,10 @@
 """The CPU kernels from several Python threads at once (the GIL is released in them), and in the child of a fork.
 
 Memory is kept for each thread between calls, and torch's threads are borrowed: both must stay whose they are.
-ThreadSanitizer looks at the same in tests/test_native_parity.py.
 """
 
 import copy
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import run_python
 from qlora_ref import native
 from qlora_ref.backend import DTYPE
 from qlora_ref.nn import Linear4bit, LoRALinear
@@ -24,10 +22,7 @@ pytestmark = pytest.mark.skipif(native.cpu is None, reason=f"no native CPU: {nat
 TOKENS = (1, 40, 256)  # in registers; panels; panels that several threads share
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-needs_product = pytest.mark.skipif(
-    native.cpu is None or not native.module.cpu.can_linear_4bit_backward(DTYPE[torch.bfloat16], 1),
-    reason="torch multiplies here, which does not work in the child of a fork",
-)
+PRODUCTS = native.cpu is not None and native.module.cpu.can_linear_4bit_backward(DTYPE[torch.bfloat16], 1)
 
 
 class Work:
@@ -45,11 +40,11 @@ class Work:
         self.lora.lora_B.data = randn(rows, rank)
         self.x, self.dy = ([randn(m, n).to(dtype) for m in TOKENS] for n in (cols, rows))
 
-    def __call__(self) -> list[torch.Tensor]:
+    def __call__(self, layers: bool = True) -> list[torch.Tensor]:
         quantized = QuantizedTensor.quantize(self.weight, check_finite=False)
         results = [t for t in quantized._tensors() if t is not None]
         results += [quantized.dequantize(), quantized.dequantize(out=torch.empty_like(self.weight))]
-        for x, dy in zip(self.x, self.dy, strict=True):
+        for x, dy in zip(self.x, self.dy, strict=True) if layers else ():
             results.append(self.layer(x))
             leaves = x.detach().requires_grad_(), *(p for p in self.lora.parameters() if p.requires_grad)
             y = self.lora(leaves[0])
@@ -104,17 +99,13 @@ def test_python_threads_may_share_a_layer(dtype):
     assert len(results) == 4 and all(same_bits(each, alone) for each in results)
 
 
-def run_python(code: str) -> subprocess.CompletedProcess:
-    path = os.pathsep.join([str(Path(__file__).parent), *(p for p in sys.path if p)])
-    env = {**os.environ, "PYTHONPATH": path}
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
-
-
 @needs_fork
-@needs_product
 @pytest.mark.parametrize("who", ["the kernels", "torch alone"])
 def test_kernels_work_in_a_forked_child(who):
-    """libgomp's threads do not survive a fork, whoever started them; a child that waited for them would hang."""
+    """libgomp's threads do not survive a fork, whoever started them; a child that waited for them would hang.
+
+    Without products of our own torch multiplies, which does hang there.
+    """
     code = f"""
 import os, signal, warnings
 warnings.simplefilter("ignore")
@@ -122,12 +113,12 @@ import torch
 from test_threads import Work, same_bits
 torch.set_num_threads(1)
 work = Work(0, torch.bfloat16)
-alone = work()
+alone = work({PRODUCTS})
 torch.set_num_threads(2)
 has_run = torch.ones(10**6) + 1 if {who == "torch alone"} else work()
 pid = os.fork()
 signal.alarm(50)  # ends who hangs
-same = same_bits(work(), alone)
+same = same_bits(work({PRODUCTS}), alone)
 if pid == 0:
     os._exit(0 if same else 1)
 status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

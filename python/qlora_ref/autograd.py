@@ -14,7 +14,7 @@ import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-# By name of the op: (kernel, *args) -> the kernel's result, with a node, where all arguments are plain
+# By name of the op: (kernel, *args) -> the kernel's result, with a node, where all arguments are ordinary
 recorders: dict[str, Callable[..., torch.Tensor]] = {}
 
 
@@ -48,20 +48,20 @@ def register(
         if _has_tangent(args):
             return dual(*args)
 
-        def compute():
+        def below(*args):
             return _below(op, keyset, args)
 
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-            return compute()
+            return below(*args)
         if not is_plain(args[0]):
             # One level of torch.func's at a time: the dispatcher has peeled off the others, and goes on inside.
             def lower():
                 with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):  # a Function's forward has neither
-                    return compute()
+                    return below(*args)
 
             with enable_single_level_autograd_function():
                 return super(torch.autograd.Function, Node).apply(*args, lower)
-        return record(lambda *_: compute(), *args)
+        return record(below, *args)
 
     def record(compute, *args):
         y = apply(*args, lambda: _hollow(args[0], output_shape(*args)))  # a recomputation stops in here
@@ -107,9 +107,13 @@ def is_plain(x: torch.Tensor) -> bool:
     )
 
 
-def are_alive(*args: Any) -> bool:
-    """No wrapper among them that a transform of torch.func has left behind."""
-    return not any(torch._C._functorch.is_functorch_wrapped_tensor(a) for a in args if type(a) is torch.Tensor)
+def are_ordinary(*args: Any) -> bool:
+    """No tensor among them of another class, nor a wrapper that a transform of torch.func has left behind."""
+    return all(
+        type(a) in (torch.Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(a)
+        for a in args
+        if isinstance(a, torch.Tensor)
+    )
 
 
 def _has_tangent(args: tuple) -> bool:

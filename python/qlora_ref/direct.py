@@ -39,7 +39,7 @@ def direct(name: str) -> Callable[..., Any]:
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, *args)):
             return kernel(x, *args)
         record = autograd.recorders.get(name)
-        return record(kernel, x, *args) if record and autograd.are_alive(x, *args) else op(x, *args)
+        return record(kernel, x, *args) if record and autograd.are_ordinary(x, *args) else op(x, *args)
 
     return call
 

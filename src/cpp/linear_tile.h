@@ -19,7 +19,7 @@ QLORA_INLINE void tile(const LinearRows& call, const Scales& scales, int64_t row
   // The rows two tiles on, into the second-level cache: the first level can have too few lines on the way.
   const uint8_t* ahead = packed + 2 * R * stride;
   const float *absmax = scales.absmax + first, *values[R];
-  if (!nested) {  // codes, a quarter of the bytes, the processor foresees by itself
+  if (!nested) {  // codes are a quarter of the bytes, and read in order
     for (int64_t i = 0; i < R * blocks; i += 16) __builtin_prefetch(absmax + 2 * R * blocks + i, 0, 2);
   }
 

@@ -4,45 +4,31 @@
 #include "variant_avx512_lora.h"
 
 struct F32Lora : F32Product<DType::f32> {
-  // Up to 16 elements of a matrix, zeros behind them.
-  static QLORA_INLINE __m512i load_some(const void* matrix, int64_t first, int64_t n) {
-    if (n <= 0) return _mm512_setzero_si512();
-    return _mm512_maskz_loadu_epi32(__mmask16(first_bits(n)), static_cast<const float*>(matrix) + first);
+  // 16 x 16 elements of a matrix from (row, col) on, zeros behind it: its rows as they are, `stride` registers apart, and
+  // its columns, where wanted.
+  static QLORA_INLINE void pack(const void* matrix, int64_t rows, int64_t cols, int64_t row, int64_t col,
+                                __m512i* as_rows, int row_stride, __m512i* as_cols, int col_stride) {
+    __m512i block[16];
+    for (int i = 0; i < 16; ++i) {
+      const __mmask16 mask = row + i < rows && col < cols ? __mmask16(first_bits(cols - col)) : __mmask16(0);
+      block[i] = _mm512_maskz_loadu_epi32(mask, static_cast<const float*>(matrix) + (row + i) * cols + col);
+    }
+    for (int i = 0; as_rows && i < 16; ++i) as_rows[row_stride * i] = block[i];
+    if (!as_cols) return;
+    transpose16(block);
+    for (int i = 0; i < 16; ++i) as_cols[col_stride * i] = block[i];
   }
-  static QLORA_INLINE void store_up(const __m512i* row, __m512i* up) {
-    for (int i = 0; i < 16; ++i) up[kPanelRegisters * i] = row[i];
-  }
-  static QLORA_INLINE void store_down(const __m512i* row, __m512i* down) {
-    for (int i = 0; i < 16; ++i) down[i] = row[i];
-  }
-
   // 16 ranks of 16 features, from (rank, features)
   template <DType>
   static QLORA_INLINE void pack_rank_rows(const LoraPacking& p, int64_t rank, int64_t feature, __m512i* down,
                                           __m512i* up) {
-    __m512i row[16];  // 16 features of a rank
-    for (int i = 0; i < 16; ++i) {
-      const int64_t n = rank + i < p.rank ? p.features - feature : 0;
-      row[i] = load_some(p.matrix, (rank + i) * p.features + feature, n);
-    }
-    if (up) store_up(row, up);
-    if (!down) return;
-    transpose16(row);
-    store_down(row, down);
+    pack(p.matrix, p.rank, p.features, rank, feature, up, kPanelRegisters, down, 1);
   }
   // The same from (features, rank)
   template <DType>
   static QLORA_INLINE void pack_rank_columns(const LoraPacking& p, int64_t rank, int64_t feature, __m512i* down,
                                              __m512i* up) {
-    __m512i row[16];  // 16 ranks of a feature
-    for (int i = 0; i < 16; ++i) {
-      const int64_t n = feature + i < p.features ? p.rank - rank : 0;
-      row[i] = load_some(p.matrix, (feature + i) * p.rank + rank, n);
-    }
-    if (down) store_down(row, down);
-    if (!up) return;
-    transpose16(row);
-    store_up(row, up);
+    pack(p.matrix, p.features, p.rank, feature, rank, down, 1, up, kPanelRegisters);
   }
 
   // Group g of the ranks of T tokens; rows and dwords are the same here.
