@@ -67,7 +67,7 @@ class EmulatedBackend(Backend):
 
 
 class EmulatedCudaBackend(CudaLinear, EmulatedBackend):
-    """As backend.CudaBackend: the division of the linear layer on top."""
+    """As cuda_backend.CudaBackend: the division of the linear layer on top."""
 
     def __init__(self, module):
         super().__init__(module)

@@ -13,16 +13,30 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "qlora_ref"
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "trl", "tokenizers", "safetensors", "bitsandbytes"}
 MAY_IMPORT_HF = ("hf", "finetune", "evaluation", "memory", "compat", "data", "quantize_cli.py", "doctor.py")
-CORE = ("reference", "backend.py", "native.py", "ops.py", "quantized.py", "nn.py", "optim.py")
+CORE = (
+    "reference",
+    "arguments.py",
+    "backend.py",
+    "cpu_backend.py",
+    "cuda_backend.py",
+    "native.py",
+    "ops.py",
+    "quantized.py",
+    "nn.py",
+    "optim.py",
+)
 # room -> rooms of ours it may import (besides itself); the arrows of the architecture page
 ALLOWED = {
     "reference": set(),
     "source_hash.py": set(),
-    "backend.py": {"reference", "cpu_linear.py", "cuda_linear.py"},
-    "native.py": {"backend.py", "source_hash.py", "cuda_linear.py", "_C"},
-    "ops.py": {"reference", "backend.py", "native.py", "gradients.py", "direct.py"},
+    "arguments.py": {"reference"},
+    "backend.py": {"reference", "arguments.py"},
+    "cpu_backend.py": {"reference", "arguments.py", "backend.py", "cpu_linear.py"},
+    "cuda_backend.py": {"arguments.py", "backend.py", "cuda_linear.py"},
+    "native.py": {"cpu_backend.py", "cuda_backend.py", "source_hash.py", "cuda_linear.py", "_C"},
+    "ops.py": {"reference", "arguments.py", "native.py", "gradients.py", "direct.py"},
     "gradients.py": {"autograd.py", "direct.py"},
-    "direct.py": {"reference", "backend.py", "native.py", "autograd.py"},
+    "direct.py": {"reference", "arguments.py", "native.py", "autograd.py"},
     "autograd.py": set(),
     "cpu_linear.py": set(),
     "cuda_linear.py": set(),

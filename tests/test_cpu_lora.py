@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from qlora_ref import cpu_linear, native, ops
-from qlora_ref.backend import DTYPE
+from qlora_ref.arguments import DTYPE
 from qlora_ref.nn import Linear4bit, LoRALinear
 from qlora_ref.quantized import QuantConfig, QuantizedTensor
 from qlora_ref.testing.compare import assert_bits_equal, assert_within_bound, bounds

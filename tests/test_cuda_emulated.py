@@ -11,7 +11,7 @@ import torch
 
 from emulated_cuda import CXX, EmulatedBackend, as_tuple, launchers, run
 from qlora_ref import ops
-from qlora_ref.backend import _table
+from qlora_ref.arguments import table_bytes
 from qlora_ref.quantized import QuantConfig, QuantizedTensor
 from qlora_ref.reference.codebook import NAMES, get_codebook
 from qlora_ref.reference.double_quant import get_map8
@@ -165,4 +165,4 @@ def test_misaligned_storage(offset, emulated):
 @pytest.mark.parametrize("name", NAMES)
 def test_bin_table_or_search(name, emulated):
     """One threshold a bin, except in fp4_e3m0 (three between 0 and 1/16): that type takes the search."""
-    assert emulated._c.bins_usable(_table(get_codebook(name, 64))) == (name != "fp4_e3m0")
+    assert emulated._c.bins_usable(table_bytes(get_codebook(name, 64))) == (name != "fp4_e3m0")

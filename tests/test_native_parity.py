@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from qlora_ref import native
-from qlora_ref.backend import _table
+from qlora_ref.arguments import table_bytes
 from qlora_ref.reference.blockwise import dequantize_blockwise
 from qlora_ref.reference.codebook import NAMES, get_codebook
 from qlora_ref.reference.double_quant import get_map8
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is 
 def tables(tmp_path_factory) -> Path:
     """The file that native_parity.cpp reads: nothing in it is pasted, all comes from the reference."""
     path = tmp_path_factory.mktemp("native_parity") / "tables"
-    structs = [_table(get_codebook(name)) for name in NAMES] + [_table(get_map8(name)) for name in MAPS]
+    structs = [table_bytes(get_codebook(name)) for name in NAMES] + [table_bytes(get_map8(name)) for name in MAPS]
     path.write_bytes(struct.pack("2i", len(NAMES), len(MAPS)) + b"".join(structs))
     return path
 

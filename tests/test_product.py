@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qlora_ref import native, ops
-from qlora_ref.backend import DTYPE
+from qlora_ref.arguments import DTYPE
 from qlora_ref.quantized import QuantConfig, QuantizedTensor
 from qlora_ref.testing.compare import assert_bits_equal, assert_within_bound, bounds
 

@@ -144,7 +144,7 @@ def test_out_on_meta_and_in_a_compiled_function():
 
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_a_weight_in_large_pages_has_the_same_bits(double_quant):
-    """From 4 MB of codes on the memory is asked for in pages of 2 MB (backend.py): cut in two, it is below that."""
+    """From 4 MB of codes on the memory is asked for in pages of 2 MB (cpu_backend.py): cut in two, it is below that."""
     config = QuantConfig(double_quant=double_quant)
     x = torch.randn(2, 2048 * 4096 // 2, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     whole = QuantizedTensor.quantize(x, config)

@@ -14,7 +14,7 @@ from torch import nn
 
 from conftest import run_python
 from qlora_ref import native
-from qlora_ref.backend import DTYPE
+from qlora_ref.arguments import DTYPE
 from qlora_ref.nn import Linear4bit, LoRALinear
 from qlora_ref.quantized import QuantizedTensor
 

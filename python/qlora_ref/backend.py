@@ -1,91 +1,26 @@
-"""Tensors to raw pointers: the methods of a native backend, and every check that stands before a kernel.
+"""The methods of a native backend: every check that stands before a kernel, then the call.
 
-Both backends have the same methods, equal to the reference function named in each. Tensors may be non-contiguous (they
-are copied); wrong dtypes, devices and sizes raise TypeError or ValueError.
+Both backends (cpu_backend.py, cuda_backend.py) have the same methods, equal to the reference function named in each.
+Tensors may be non-contiguous (they are copied); wrong dtypes, devices and sizes raise TypeError or ValueError.
 """
 
 import struct
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from .cpu_linear import CpuLinear
-from .cuda_linear import CudaLinear, Scratch
+from .arguments import (
+    DTYPE,
+    check_decoded_dtype,
+    check_float,
+    check_stored,
+    check_tensor,
+    row_stride,
+    table_bytes,
+)
 from .reference.blockwise import check_block_size
 from .reference.codebook import Codebook
 from .reference.double_quant import Map8, absmax_mean, check_double_quant, get_map8
-
-DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of types.h
-_tables: dict[int, tuple[Any, bytes]] = {}  # id -> (the table, kept alive, and its struct)
-
-
-def _table(table: Codebook | Map8) -> bytes:
-    """The bytes of struct Codebook or struct Map8 (types.h), built once for each table object."""
-    known = _tables.get(id(table))
-    if known is None:
-        if isinstance(table, Codebook):
-            tail = struct.pack("16B2B2x", *table.order.tolist(), table.zero_code, table.signed_absmax)
-        else:
-            tail = struct.pack("i", table.zero_code)
-        floats = torch.cat([table.levels, table.thresholds]).float().contiguous()
-        known = _tables[id(table)] = (table, floats.numpy().tobytes() + tail)
-    return known[1]
-
-
-def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> torch.Tensor:
-    """The contiguous tensor, or a sentence."""
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, not {tensor.dtype}")
-    if tensor.numel() != numel:
-        have = tensor.numel()
-        raise ValueError(f"{name} has {have} elements where {numel} are needed for this shape and block size")
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, other tensors on {device}; move them together with .to()")
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
-
-
-def _check_stored(name: str, tensor: torch.Tensor, numel: int, device: torch.device) -> torch.Tensor:
-    """float32 values, or their bytes."""
-    if tensor.dtype == torch.uint8:
-        return _check(f"{name} (as bytes)", tensor, torch.uint8, 4 * numel, device)
-    return _check(name, tensor, torch.float32, numel, device)
-
-
-def _check_float(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.dtype not in DTYPE:
-        raise TypeError(f"{name} must be float32, bfloat16 or float16, not {tensor.dtype}; convert with .float()")
-    return tensor.contiguous()
-
-
-def _adapter(in_features: int, out_features: int, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> tuple:
-    """struct Lora (types.h) of contiguous matrices, or a sentence."""
-    rank = len(lora_A)
-    if lora_A.shape != (rank, in_features) or lora_B.shape != (out_features, rank):
-        raise ValueError(
-            f"lora_A is {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}; for this layer they must be "
-            f"({rank}, {in_features}) and ({out_features}, {rank})"
-        )
-    dtypes = DTYPE[lora_A.dtype], DTYPE[lora_B.dtype]
-    return lora_A.data_ptr(), dtypes[0], lora_B.data_ptr(), dtypes[1], rank, in_features, out_features, scaling
-
-
-def check_decoded_dtype(dtype: torch.dtype) -> None:
-    if dtype not in DTYPE and dtype != torch.float64:
-        raise TypeError(f"can dequantize to float32, bfloat16, float16 or float64, not {dtype}")
-
-
-def row_stride(out: torch.Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> int:
-    """Elements from a row of `out`, which is to be written, to the next; a sentence if it cannot be."""
-    if out.shape != shape or out.dtype != dtype or out.device != device:
-        raise ValueError(
-            f"out is {tuple(out.shape)} {out.dtype} on {out.device}; it must be {tuple(shape)} {dtype} on {device}"
-        )
-    if out.is_contiguous():
-        return shape[-1] if shape else 1
-    if out.dim() == 2 and out.stride(1) == 1 and out.stride(0) >= shape[1]:
-        return out.stride(0)
-    raise ValueError("out must be contiguous, or 2-D with contiguous rows: pass out.contiguous() and copy back")
 
 
 class Backend:
@@ -119,14 +54,14 @@ class Backend:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """reference.blockwise.quantize_blockwise(check_finite=False): packed ((n + 1) // 2,) u8, absmax f32."""
         check_block_size(block_size)
-        x = _check_float("x", x)
+        x = check_float("x", x)
         device, n = self._check_device(x.device), x.numel()
         packed = self._empty_packed(n, device)
         absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=device)
         self._call(
             self._c.quantize_4bit,
             device,
-            *(x.data_ptr(), DTYPE[x.dtype], n, block_size, _table(codebook), packed.data_ptr(), absmax.data_ptr()),
+            *(x.data_ptr(), DTYPE[x.dtype], n, block_size, table_bytes(codebook), packed.data_ptr(), absmax.data_ptr()),
         )
         return packed, absmax
 
@@ -136,14 +71,14 @@ class Backend:
         """reference.double_quant.double_quantize: codes (n,) u8, nested_absmax (ceil(n / nested_block_size),) f32."""
         check_block_size(nested_block_size)
         device, n = self._check_device(absmax.device), absmax.numel()
-        absmax = _check("absmax", absmax, torch.float32, n, device)
-        mean = _check("mean", mean, torch.float32, 1, device)
+        absmax = check_tensor("absmax", absmax, torch.float32, n, device)
+        mean = check_tensor("mean", mean, torch.float32, 1, device)
         codes = torch.empty(n, dtype=torch.uint8, device=device)
         nested_absmax = torch.empty(-(-n // nested_block_size), dtype=torch.float32, device=device)
         self._call(
             self._c.double_quantize,
             device,
-            *(absmax.data_ptr(), n, mean.data_ptr(), nested_block_size, _table(map8)),
+            *(absmax.data_ptr(), n, mean.data_ptr(), nested_block_size, table_bytes(map8)),
             *(codes.data_ptr(), nested_absmax.data_ptr()),
         )
         return codes, nested_absmax
@@ -161,9 +96,9 @@ class Backend:
         check_block_size(block_size)
         check_block_size(nested_block_size)
         check_double_quant(codebook)
-        x = _check_float("x", x)
+        x = check_float("x", x)
         device, n = self._check_device(x.device), x.numel()
-        mean = _check("mean", mean, torch.float32, 1, device)
+        mean = check_tensor("mean", mean, torch.float32, 1, device)
         n_blocks = -(-n // block_size)
         packed = self._empty_packed(n, device)
         codes = torch.empty(n_blocks, dtype=torch.uint8, device=device)
@@ -171,8 +106,8 @@ class Backend:
         self._call(
             self._c.quantize_4bit_nested,
             device,
-            *(x.data_ptr(), DTYPE[x.dtype], n, block_size, _table(codebook), mean.data_ptr(), nested_block_size),
-            *(_table(map8), packed.data_ptr(), codes.data_ptr(), nested_absmax.data_ptr()),
+            *(x.data_ptr(), DTYPE[x.dtype], n, block_size, table_bytes(codebook), mean.data_ptr(), nested_block_size),
+            *(table_bytes(map8), packed.data_ptr(), codes.data_ptr(), nested_absmax.data_ptr()),
         )
         return packed, codes, nested_absmax
 
@@ -196,9 +131,9 @@ class Backend:
         """reference.double_quant.double_dequantize: absmax (n,) f32."""
         check_block_size(nested_block_size)
         device, n = self._check_device(codes.device), codes.numel()
-        codes = _check("codes", codes, torch.uint8, n, device)
-        nested_absmax = _check("nested_absmax", nested_absmax, torch.float32, -(-n // nested_block_size), device)
-        mean = _check("mean", mean, torch.float32, 1, device)
+        codes = check_tensor("codes", codes, torch.uint8, n, device)
+        nested_absmax = check_tensor("nested_absmax", nested_absmax, torch.float32, -(-n // nested_block_size), device)
+        mean = check_tensor("mean", mean, torch.float32, 1, device)
         out = torch.empty(n, dtype=torch.float32, device=device)
         self._call(
             self._c.double_dequantize,
@@ -217,24 +152,24 @@ class Backend:
         check_block_size(block_size)
         device, n = self._check_device(packed.device), rows * cols
         n_blocks = -(-n // block_size)
-        packed = _check("packed", packed, torch.uint8, (n + 1) // 2, device)
+        packed = check_tensor("packed", packed, torch.uint8, (n + 1) // 2, device)
         kept: tuple[Any, ...]
         absmax_args: tuple[int, ...]
         if nested_absmax is None:
-            absmax = _check_stored("absmax", absmax, n_blocks, device)
+            absmax = check_stored("absmax", absmax, n_blocks, device)
             kept = (packed, absmax)
             absmax_args = (absmax.data_ptr(), 0, 0, 0, 0, 1)
         else:
             if map8 is None or absmax_mean is None:
                 raise ValueError("nested_absmax is given, so map8 and absmax_mean must be given too")
             check_block_size(nested_block_size)
-            codes = _check("absmax (the codes, as nested_absmax is given)", absmax, torch.uint8, n_blocks, device)
-            nested = _check_stored("nested_absmax", nested_absmax, -(-n_blocks // nested_block_size), device)
-            mean = _check_stored("absmax_mean", absmax_mean, 1, device)
+            codes = check_tensor("absmax (the codes, as nested_absmax is given)", absmax, torch.uint8, n_blocks, device)
+            nested = check_stored("nested_absmax", nested_absmax, -(-n_blocks // nested_block_size), device)
+            mean = check_stored("absmax_mean", absmax_mean, 1, device)
             kept = (packed, codes, nested, mean)
             absmax_args = (0, codes.data_ptr(), nested.data_ptr(), mean.data_ptr())
             absmax_args += (self._map_address(map8, device), nested_block_size)
-        return (packed.data_ptr(), *absmax_args, rows, cols, block_size, _table(codebook)), kept
+        return (packed.data_ptr(), *absmax_args, rows, cols, block_size, table_bytes(codebook)), kept
 
     def dequantize_4bit(
         self,
@@ -293,10 +228,10 @@ class Backend:
         if x.dtype == torch.float64:
             weight = self.dequantize_4bit(*weight_args, (out_features, in_features), x.dtype)
             return torch.nn.functional.linear(x, weight, bias)
-        x = _check("x", _check_float("x", x), x.dtype, x.numel(), packed.device)
+        x = check_tensor("x", check_float("x", x), x.dtype, x.numel(), packed.device)
         args, kept = self._weight(*weight_args, out_features, in_features)
         if bias is not None:
-            bias = _check("bias", bias, x.dtype, out_features, x.device)
+            bias = check_tensor("bias", bias, x.dtype, out_features, x.device)
         y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
         tokens = x.numel() // in_features if in_features else y.numel() // max(out_features, 1)
         bias_address = 0 if bias is None else bias.data_ptr()
@@ -325,7 +260,7 @@ class Backend:
         out_features = dy.shape[-1]
         if dy.dtype == torch.float64:
             return dy @ self.dequantize_4bit(*weight_args, (out_features, in_features), dy.dtype)
-        dy = _check("dy", _check_float("dy", dy), dy.dtype, dy.numel(), packed.device)
+        dy = check_tensor("dy", check_float("dy", dy), dy.dtype, dy.numel(), packed.device)
         weight, kept = self._weight(*weight_args, out_features, in_features)
         dx = torch.empty((*dy.shape[:-1], in_features), dtype=dy.dtype, device=dy.device)
         tokens = dy.numel() // out_features if out_features else dx.numel() // max(in_features, 1)
@@ -398,7 +333,7 @@ class Backend:
             if len(fields) == 4:
                 states = ((torch.uint8, n), (torch.float32, -(-n // 256))) * 2
             for tensor, (wanted, size) in zip(row, ((dtype, n), (dtype, n), *states, (torch.float32, 1)), strict=True):
-                _check("a tensor of AdamW", tensor, wanted, size, device)
+                check_tensor("a tensor of AdamW", tensor, wanted, size, device)
                 if not tensor.is_contiguous():
                     raise ValueError("AdamW updates in place and needs contiguous tensors; call .contiguous() first")
                 words.append(tensor.data_ptr())
@@ -408,130 +343,6 @@ class Backend:
     def _moment_maps(self, device: torch.device) -> torch.Tensor:
         """struct Map8 of m, then that of v, on `device`."""
         if device not in self._moment_tables:
-            both = _table(get_map8("dynamic")) + _table(get_map8("dynamic_unsigned"))
+            both = table_bytes(get_map8("dynamic")) + table_bytes(get_map8("dynamic_unsigned"))
             self._moment_tables[device] = torch.frombuffer(bytearray(both), dtype=torch.uint8).clone().to(device)
         return self._moment_tables[device]
-
-
-_HUGE_PAGE = 2 * 2**20
-
-
-class CpuBackend(CpuLinear, Backend):
-    """On torch's number of threads (torch.set_num_threads); the linear layer as cpu_linear.py divides it."""
-
-    device_type = "cpu"
-
-    def _call(self, function, device, *args):
-        return function(*args, torch.get_num_threads())
-
-    def quantize_4bit_double(self, x, codebook, block_size, map8, nested_block_size=256):
-        """The mean by the reference where its order of adding could matter."""
-        check_double_quant(codebook)
-        packed, absmax, codes, nested_absmax, mean, certain = self._quantize_4bit_double(
-            x, codebook, block_size, map8, nested_block_size
-        )
-        if not certain:
-            mean = absmax_mean(absmax)
-            codes, nested_absmax = self.double_quantize(absmax, mean, map8, nested_block_size)
-        return packed, codes, nested_absmax, mean
-
-    def _quantize_4bit_double(self, x, codebook, block_size, map8, nested_block_size):
-        check_block_size(block_size)
-        check_block_size(nested_block_size)
-        x = _check_float("x", x)
-        device, n = self._check_device(x.device), x.numel()
-        n_blocks = -(-n // block_size)
-        packed = self._empty_packed(n, device)
-        absmax = torch.empty(n_blocks, dtype=torch.float32, device=device)
-        codes = torch.empty(n_blocks, dtype=torch.uint8, device=device)
-        nested_absmax = torch.empty(-(-n_blocks // nested_block_size), dtype=torch.float32, device=device)
-        mean = torch.empty(1, dtype=torch.float32, device=device)
-        certain = self._call(
-            self._c.quantize_4bit_double,
-            device,
-            *(x.data_ptr(), DTYPE[x.dtype], n, block_size, _table(codebook), nested_block_size, _table(map8)),
-            *(packed.data_ptr(), absmax.data_ptr(), mean.data_ptr(), codes.data_ptr(), nested_absmax.data_ptr()),
-        )
-        return packed, absmax, codes, nested_absmax, mean, certain
-
-    def _empty_packed(self, n, device):
-        """In pages of 2 MB where the system gives them: a weight stays, and is read from end to end at every token."""
-        packed = super()._empty_packed(n, device)
-        if packed.numel() >= 2 * _HUGE_PAGE:
-            self._c.advise_huge_pages(packed.data_ptr(), packed.numel())
-        return packed
-
-    # what cpu_linear.py needs of the module
-    def _can_forward(self, dtype, tokens, in_features, block_size) -> bool:
-        return dtype in DTYPE and self._c.can_linear_4bit_forward(DTYPE[dtype], tokens, in_features, block_size)
-
-    def _can_backward(self, dtype, out_features) -> bool:
-        return dtype in DTYPE and self._c.can_linear_4bit_backward(DTYPE[dtype], out_features)
-
-    def _dequantize_region(self, weight, region, out) -> None:
-        self._call(self._c.dequantize_region, out.device, *weight, *region, out.data_ptr(), DTYPE[out.dtype])
-
-    def _can_lora(self, x, lora_A, lora_B) -> bool:
-        sizes = x.numel() and len(lora_B)
-        return bool(sizes) and x.dtype in DTYPE and self._c.can_lora(DTYPE[x.dtype], len(lora_A))
-
-    def _lora_forward(self, x, weight, out_features, bias, lora_A, lora_B, scaling):
-        """y (tokens, out) of x (tokens, in); A and B contiguous, float32 or of the dtype of x."""
-        x, (tokens, in_features) = self._check_input("x", x), x.shape
-        arguments, kept = self._weight(*weight, out_features, in_features)
-        bias = None if bias is None else self._check_bias(bias, x, out_features)
-        adapter = _adapter(in_features, out_features, lora_A, lora_B, scaling)
-        y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
-        self._call(
-            self._c.lora_linear_4bit_forward,
-            x.device,
-            *(x.data_ptr(), DTYPE[x.dtype], tokens, *arguments, 0 if bias is None else bias.data_ptr()),
-            *(*adapter, y.data_ptr()),
-        )
-        return y
-
-    def _lora_backward(self, dy, x, weight, lora_A, lora_B, scaling, need_dx):
-        """(dx (tokens, in) or empty, dA, dB), in the dtypes of x, A and B."""
-        dy, x = self._check_input("dy", dy), self._check_input("x", x)
-        (tokens, in_features), out_features = x.shape, dy.shape[-1]
-        arguments, kept = self._weight(*weight, out_features, in_features)
-        adapter = _adapter(in_features, out_features, lora_A, lora_B, scaling)
-        dx = torch.empty((tokens, in_features) if need_dx else (0,), dtype=x.dtype, device=x.device)
-        outputs = torch.empty_like(lora_A), torch.empty_like(lora_B)
-        self._call(
-            self._c.lora_linear_4bit_backward,
-            x.device,
-            *(dy.data_ptr(), x.data_ptr(), DTYPE[x.dtype], tokens, *arguments, *adapter),
-            *(*(out.data_ptr() for out in outputs), dx.data_ptr() if need_dx else 0),
-        )
-        return dx, *outputs
-
-    def _check_input(self, name, x):
-        self._check_device(x.device)
-        return _check_float(name, x)
-
-    def _check_bias(self, bias, x, out_features):
-        return _check("bias", bias, x.dtype, out_features, x.device)
-
-
-class CudaBackend(CudaLinear, Backend):
-    """On the device of the tensors and torch's current stream there; the linear layer as cuda_linear.py divides it."""
-
-    device_type = "cuda"
-
-    def __init__(self, module):
-        super().__init__(module)
-        self.scratch = Scratch()
-        self._maps: dict[tuple[int, torch.device], torch.Tensor] = {}
-
-    def _call(self, function, device, *args):
-        here = device.index == torch.cuda.current_device()
-        with nullcontext() if here else torch.cuda.device(device):
-            function(*args, torch.cuda.current_stream(device).cuda_stream)
-
-    def _map_address(self, map8, device):
-        key = id(map8), device
-        if key not in self._maps:
-            _table(map8)  # keeps the object, and so its id, alive
-            self._maps[key] = map8.levels.to(device)
-        return self._maps[key].data_ptr()

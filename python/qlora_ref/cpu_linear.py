@@ -26,7 +26,7 @@ PANEL_STEP = 256  # panels are multiples of this many features
 
 
 class CpuLinear:
-    """Mixed into backend.CpuBackend, in front of Backend. Arguments as in backend.Backend."""
+    """Mixed into cpu_backend.CpuBackend, in front of Backend. Arguments as in backend.Backend."""
 
     _local = threading.local()
     _can_forward: Callable[..., bool]

@@ -17,7 +17,7 @@ from torch._C import _get_tracing_state, _is_any_autocast_enabled, _len_torch_di
 from torch.autograd import profiler
 
 from . import autograd, native
-from .backend import DTYPE
+from .arguments import DTYPE
 from .reference.codebook import get_codebook
 from .reference.double_quant import get_map8
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from .backend import CpuBackend, CudaBackend
+from .cpu_backend import CpuBackend
+from .cuda_backend import CudaBackend
 from .cuda_linear import unusable
 from .source_hash import source_hash
 

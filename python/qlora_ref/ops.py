@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import linear
 
 from . import gradients, native
-from .backend import check_decoded_dtype, row_stride
+from .arguments import check_decoded_dtype, row_stride
 from .direct import direct, direct_kernels
 from .reference import blockwise, double_quant
 from .reference.codebook import get_codebook

@@ -21,7 +21,7 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// A struct out of the bytes backend.py built with the same layout.
+// A struct out of the bytes arguments.py built with the same layout.
 template <class Table>
 Table table(const py::bytes& bytes) {
   char* data;
@@ -29,7 +29,7 @@ Table table(const py::bytes& bytes) {
   if (PyBytes_AsStringAndSize(bytes.ptr(), &data, &size) != 0) throw py::error_already_set();
   if (size != Py_ssize_t(sizeof(Table))) {
     throw std::invalid_argument("a table of " + std::to_string(size) + " bytes where the binary expects " +
-                                std::to_string(sizeof(Table)) + ": backend.py and _C do not belong together, rebuild");
+                                std::to_string(sizeof(Table)) + ": arguments.py and _C do not belong together, rebuild");
   }
   Table result;
   std::memcpy(&result, data, sizeof result);

@@ -1,5 +1,5 @@
 // The native interface on one page. Every function equals one function of python/qlora_ref/reference/.
-// Raw pointers and sizes only; all checks (dtype, device, contiguity, sizes) are made in python/qlora_ref/backend.py.
+// Raw pointers and sizes only; all checks (dtype, device, contiguity, sizes) are made in Python, in backend.py and arguments.py.
 // Every function writes exactly the outputs named, nothing else.
 #pragma once
 #include <string>
@@ -86,7 +86,7 @@ void advise_huge_pages(void* memory, int64_t bytes);
 
 // --- threads ------------------------------------------------------------------------------------------------------
 
-// How many threads the calls made from this thread may use (backend.py passes torch.get_num_threads()).
+// How many threads the calls made from this thread may use (cpu_backend.py passes torch.get_num_threads()).
 void set_num_threads(int threads);
 
 // --- variants: the same functions compiled for more of the instruction set -----------------------------------------

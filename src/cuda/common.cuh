@@ -169,7 +169,7 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(sentence);
 }
 
-// The card that is current: backend.py makes it that of the tensors.
+// The card that is current: cuda_backend.py makes it that of the tensors.
 struct Device {
   int major, multiprocessors;
 };
