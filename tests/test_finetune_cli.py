@@ -72,6 +72,7 @@ MISTAKES = [
     (["--lora-dropout", "1"], "must lie in [0, 1)"),
     (["--optimizer-bits", "16"], "--optimizer-bits must be 32 or 8, not 16"),
     (["--packing", "--group-by-length"], "exclude each other"),
+    (["--keep-products", "--no-gradient-checkpointing"], "--keep-products is a kind of checkpointing"),
     (["--quant-type", "bof4_s"], "pass --no-double-quant"),
     (["--config", "nowhere.yaml"], "cannot read --config nowhere.yaml"),
     (["--bits", "8"], "--bits has no place here"),

@@ -17,6 +17,8 @@ from qlora_ref.cli import UserError
 from qlora_ref.finetune import run
 from qlora_ref.finetune.checkpoint import flatten, list_checkpoints, unflatten
 from qlora_ref.finetune.config import TrainConfig
+from qlora_ref.finetune.generate import inference
+from qlora_ref.finetune.loading import is_checkpointing, keeps_products
 from qlora_ref.finetune.loop import TrainingStopped, learning_rate
 from qlora_ref.finetune.peft_io import WEIGHTS, AdapterError, attach_adapter, read_adapter
 
@@ -162,10 +164,19 @@ def test_chunked_logits_are_the_same_loss_and_gradient(settings, monkeypatch):
 
 def test_checkpointing_changes_memory_not_the_step(settings, tmp_path):
     norms = []
-    for k, on in enumerate((True, False)):
-        c = settings.replace(gradient_checkpointing=on, output=str(tmp_path / str(k)))
-        norms.append(run.prepare(c).trainer.train_step())
-    assert norms[0]["loss"] == norms[1]["loss"] and norms[0]["grad_norm"] == norms[1]["grad_norm"]
+    for k, (on, products) in enumerate(((False, False), (True, False), (True, True))):
+        c = settings.replace(gradient_checkpointing=on, keep_products=products, output=str(tmp_path / str(k)))
+        trainer = run.prepare(c).trainer
+        assert is_checkpointing(trainer.model) == on and keeps_products(trainer.model) == products
+        norms.append(trainer.train_step())
+    assert all(n["loss"] == norms[0]["loss"] and n["grad_norm"] == norms[0]["grad_norm"] for n in norms)
+
+
+def test_generating_between_steps_leaves_checkpointing_as_it_was(settings):
+    model = run.prepare(settings.replace(keep_products=True)).trainer.model
+    with inference(model):
+        assert not is_checkpointing(model)
+    assert is_checkpointing(model) and keeps_products(model)
 
 
 @pytest.mark.parametrize("schedule, end", [("constant", 1.0), ("cosine", 0.0), ("linear", 0.0)])

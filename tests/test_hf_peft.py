@@ -281,11 +281,14 @@ def test_prepare_model_freezes_and_upcasts_nothing(path):
     assert floats and all("norm" in n for n in floats)
 
 
-def test_checkpointing_changes_no_gradient(path):
+@pytest.mark.parametrize("keep_products", [False, True])
+def test_checkpointing_changes_no_gradient(path, keep_products):
     plain = moved(attached(path))
     kept = {n: g.clone() for n, g in gradients(plain.train()).items()}
     torch.manual_seed(1)
-    checkpointed = moved(hf.attach(hf.prepare_model(load(path)), r=RANK, lora_alpha=8)).train()
+    checkpointed = moved(
+        hf.attach(hf.prepare_model(load(path), keep_products=keep_products), r=RANK, lora_alpha=8)
+    ).train()
     again = gradients(checkpointed)
     assert all(torch.equal(kept[n], again[n]) for n in kept)
 

@@ -241,6 +241,7 @@ def test_a_folder_and_a_vision_model_s_text_part(tmp_path):
     ("values", "message"),
     [
         ({"seq": 0}, "--seq 0"),
+        ({"keep_products": True, "checkpointing": False}, "--keep-products is a kind of checkpointing"),
         ({"weights": "int3"}, "choose one of nf4"),
         ({"block_size": 48}, "power of two"),
         ({"train": "full"}, "4-bit weights are frozen"),

@@ -5,12 +5,16 @@
     python tools/bench.py --device cpu --steps                                     all arms by turns (bench_cpu.py)
 
 Models: `llama`, 110M parameters, 1 x 256 tokens, bf16; `demo`, the embedded model with the settings and the first
-batches of `qlora-ref demo`, float32. LoRA of rank 16 on every linear layer, gradient checkpointing, torch's AdamW.
+batches of `qlora-ref demo`, float32. LoRA of rank 16 on every linear layer, gradient checkpointing, and the paged AdamW
+with 32-bit states (paper, section 3) that each project brings: bitsandbytes' own in its arms, ours in the others.
 
 Arms: `qlora_ref`, `bitsandbytes` (with PEFT), `bf16` (our adapters on plain nn.Linear in the model's dtype), and
 `rest`: the linear layers and their adapters give zeros at once, everything else runs. `floor` is its time plus the
 flops of those layers at the most the multiply-add instruction can do (peak_flops.cpp; where that is not known, at the
 rate of torch's own large product): no implementation of the 4-bit layer can be faster.
+
+"kept" arms: checkpointing keeps the outputs of products. Ours by keep_products (checkpointing.py), bitsandbytes' by
+what torch has for it, selective checkpointing. `floor_kept` has no flops of recomputed products.
 """
 
 import argparse
@@ -21,6 +25,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +34,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import bench_cpu
 from peak_flops import peak
+from qlora_ref.checkpointing import keep_products
 from qlora_ref.nn import LoRALinear, attach_lora, quantize_model
+from qlora_ref.optim import PagedAdamW
 
-ARMS = ("qlora_ref", "bitsandbytes", "bf16", "rest")
+ARMS = ("qlora_ref", "qlora_ref-kept", "bitsandbytes", "bitsandbytes-kept", "bf16", "rest")
 MODELS = ("llama", "demo")
 RANK, ALPHA = 16, 32  # also the demo's
 
@@ -97,25 +105,25 @@ class NoProduct(LoRALinear):
         return _Zeros.apply(x, self.lora_A, self.lora_B)
 
 
-def layer_flops(linears, tokens: int) -> float:
+def layer_flops(linears, tokens: int, kept: bool) -> float:
     """What the layers of a step must compute: forward, dx, the gradients of the adapters, and the forward once more
-    except in down_proj: nobody needs the output of a block a second time."""
+    if it is not kept, except in down_proj: nobody needs the output of a block a second time."""
     total = 0
     for path, m in linears:
         base, adapter = m.in_features * m.out_features, RANK * (m.in_features + m.out_features)
-        again = not path.endswith("down_proj")
+        again = not (kept or path.endswith("down_proj"))
         total += (2 + again) * base + (3 + again) * adapter
     return 2.0 * tokens * total
 
 
-def adapt(problem: Problem, arm: str) -> tuple[Any, float]:
-    """(the model with adapters as the arm makes them, flops of its linear layers in a step)."""
+def adapt(problem: Problem, arm: str) -> tuple[Any, tuple[float, float]]:
+    """(the model with adapters as the arm makes them, flops of its linear layers in a step: all, with outputs kept)."""
     model = problem.model
     linears = [(p, m) for p, m in model.named_modules() if isinstance(m, nn.Linear) and p != "lm_head"]
-    flops = layer_flops(linears, problem.tokens())
-    if arm == "bitsandbytes":
+    flops = layer_flops(linears, problem.tokens(), False), layer_flops(linears, problem.tokens(), True)
+    if arm.startswith("bitsandbytes"):
         return _with_bitsandbytes(model, linears, problem.dtype), flops
-    if arm == "qlora_ref":
+    if arm.startswith("qlora_ref"):
         quantize_model(model)
     attach_lora(model, RANK, ALPHA)
     if arm == "rest":
@@ -137,18 +145,31 @@ def _with_bitsandbytes(model, linears, dtype):
     return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"))
 
 
-def prepare(arm: str, name: str) -> tuple[Any, Problem, float]:
+def checkpointing(arm: str) -> dict[str, Any]:
+    """The arguments of torch.utils.checkpoint."""
+    aten = torch.ops.aten
+    keep = {
+        "qlora_ref-kept": keep_products,
+        "bitsandbytes-kept": partial(
+            create_selective_checkpoint_contexts, [aten.mm.default, aten.addmm.default, aten.linear.default]
+        ),
+    }
+    return {"use_reentrant": False} | ({"context_fn": keep[arm]} if arm in keep else {})
+
+
+def prepare(arm: str, name: str) -> tuple[Any, Problem, tuple[float, float]]:
     """(a function that makes one optimizer step, the problem without its model, flops of the linear layers)."""
     torch.manual_seed(0)
     problem = {"llama": llama, "demo": demo}[name]()
     model, flops = adapt(problem, arm)
     problem.model = None
-    base = model.get_base_model() if arm == "bitsandbytes" else model
+    base = model.get_base_model() if arm.startswith("bitsandbytes") else model
     base.config.use_cache = False
     base.enable_input_require_grads()
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing(arm))
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    adamw = bench_cpu.load_bitsandbytes().optim.PagedAdamW32bit if arm.startswith("bitsandbytes") else PagedAdamW
+    optimizer = adamw([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step():
         for batch in problem.batches:
@@ -188,7 +209,7 @@ def product_rate(dtype: torch.dtype) -> float:
 def run_arm(arm: str, name: str, threads: int, steps: int = 7) -> dict[str, float]:
     """Seconds and page faults of a step (medians), resident bytes before the steps and their peak.
 
-    For `rest` also the floor. Page faults: memory that the C library has given back and must fetch again.
+    For `rest` also the floors. Page faults: memory that the C library has given back and must fetch again.
     """
     torch.set_num_threads(threads)
     step, problem, flops = prepare(arm, name)
@@ -202,7 +223,7 @@ def run_arm(arm: str, name: str, threads: int, steps: int = 7) -> dict[str, floa
     result |= {"before_bytes": before, "peak_bytes": resident("VmHWM")}
     if arm == "rest":
         rate = peak(threads).get(problem.dtype) or product_rate(problem.dtype)
-        result["floor"] = result["seconds"] + flops / rate
+        result["floor"], result["floor_kept"] = (result["seconds"] + f / rate for f in flops)
     return result
 
 

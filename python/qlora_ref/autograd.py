@@ -14,6 +14,8 @@ import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
+from . import checkpointing
+
 # By name of the op: (kernel, *args) -> the kernel's result, with a node, where all arguments are ordinary
 recorders: dict[str, Callable[..., torch.Tensor]] = {}
 
@@ -53,20 +55,33 @@ def register(
 
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return below(*args)
-        if not is_plain(args[0]):
-            # One level of torch.func's at a time: the dispatcher has peeled off the others, and goes on inside.
-            def lower():
-                with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):  # a Function's forward has neither
-                    return below(*args)
+        if is_plain(args[0]):
+            return record(below, *args)
 
-            with enable_single_level_autograd_function():
-                return super(torch.autograd.Function, Node).apply(*args, lower)
-        return record(below, *args)
+        # One level of torch.func's at a time: the dispatcher has peeled off the others, and goes on inside.
+        def lower():
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):  # a Function's forward has neither
+                return below(*args)
+
+        with enable_single_level_autograd_function():
+            return record_followed(lower, *args)
+
+    def record_followed(lower, *args):
+        apply = super(torch.autograd.Function, Node).apply
+        run = checkpointing.current() if torch._C._functorch.peek_interpreter_stack() is None else None
+        if run is None:
+            return apply(*args, lower)
+        y = apply(*args, lambda: run.product(name, output_shape(*args), lower))
+        run.keep(name, y)
+        return y
 
     def record(compute, *args):
         y = apply(*args, lambda: _hollow(args[0], output_shape(*args)))  # a recomputation stops in here
+        run = checkpointing.current()
         with torch._C._AutoDispatchBelowAutograd():
-            y.data = compute(*args)
+            y.data = compute(*args) if run is None else run.product(name, y.shape, lambda: compute(*args))
+        if run is not None:
+            run.keep(name, y)
         return y
 
     apply = super(torch.autograd.Function, Node).apply

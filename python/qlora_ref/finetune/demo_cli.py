@@ -30,7 +30,7 @@ ANSWER_TOKENS = 48
 # Small model, short run: a higher rate and a lower rank than the paper's 2e-4 and 64, which are for billions of weights
 SETTINGS: dict[str, Any] = dict(
     lora_rank=16, lora_alpha=32.0, lr=2e-3, schedule="cosine", warmup=0.05, batch_size=8, grad_accum=2, max_length=192,
-    max_eval_examples=64, save_steps=1000,
+    max_eval_examples=64, save_steps=1000, keep_products=True,
 )  # fmt: skip
 
 

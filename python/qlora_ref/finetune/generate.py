@@ -12,7 +12,7 @@ import torch
 
 from .encode import prompt_ids
 from .formats import Example
-from .loading import is_checkpointing, pad_id, set_checkpointing
+from .loading import is_checkpointing, keeps_products, pad_id, set_checkpointing
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Sampling:
 @contextmanager
 def inference(model: Any) -> Iterator[None]:
     """Evaluation mode without gradient checkpointing (which would turn the cache off); both restored."""
-    training, checkpointing = model.training, is_checkpointing(model)
+    training, checkpointing, products = model.training, is_checkpointing(model), keeps_products(model)
     model.eval()
     if checkpointing:
         set_checkpointing(model, False)
@@ -50,7 +50,7 @@ def inference(model: Any) -> Iterator[None]:
             yield
     finally:
         if checkpointing:
-            set_checkpointing(model, True)
+            set_checkpointing(model, True, products)
         model.train(training)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..checkpointing import keep_products
 from ..cli import UserError
 from ..nn import Linear4bit, LoRALinear, attach_lora, quantize_model
 from ..quantized import QuantConfig
@@ -199,15 +200,24 @@ def quant_config(config: TrainConfig) -> QuantConfig:
     return QuantConfig(config.quant_type, config.block_size, config.double_quant)
 
 
-def set_checkpointing(model: Any, on: bool) -> None:
-    """Recompute activations in the backward pass, the non-reentrant way (the other loses frozen-input gradients)."""
+def set_checkpointing(model: Any, on: bool, products: bool = False) -> None:
+    """Recompute activations in the backward pass, the non-reentrant way (the other loses frozen-input gradients).
+
+    `products`: keep the outputs of 4-bit layers (checkpointing.py).
+    """
     if not on:
         off = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
         off()
-    elif hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:  # transformers before the renaming
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return
+    arguments = {"use_reentrant": False} | ({"context_fn": keep_products} if products else {})
+    # the second name: transformers before the renaming
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(arguments)
+
+
+def keeps_products(model: Any) -> bool:
+    functions = (getattr(m, "_gradient_checkpointing_func", None) for m in model.modules())
+    return any(f.keywords.get("context_fn") is keep_products for f in functions if f is not None)
 
 
 def is_checkpointing(model: Any) -> bool:

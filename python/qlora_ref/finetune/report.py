@@ -110,6 +110,7 @@ def memory_settings(config: TrainConfig) -> Any:
         optimizer=f"adamw{config.optimizer_bits}",
         paged=True,
         checkpointing=config.gradient_checkpointing,
+        keep_products=config.keep_products,
         logits_chunk=_logits_chunk(config),
     )
 

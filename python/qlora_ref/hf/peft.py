@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpointing import keep_products as keeping
 from ..nn import Linear4bit, count_parameters
 from .versions import require
 
@@ -54,9 +55,12 @@ def dispatching(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def prepare_model(model: nn.Module, gradient_checkpointing: bool = True, norms_fp32: bool = False) -> nn.Module:
+def prepare_model(
+    model: nn.Module, gradient_checkpointing: bool = True, norms_fp32: bool = False, keep_products: bool = False
+) -> nn.Module:
     """Freeze the base for training. Unlike PEFT's `prepare_model_for_kbit_training`, 16-bit embeddings and head stay
-    16-bit (upcasting them costs 2 GiB on Llama-3.1-8B); `norms_fp32` upcasts one-dimensional weights only."""
+    16-bit (upcasting them costs 2 GiB on Llama-3.1-8B); `norms_fp32` upcasts one-dimensional weights only.
+    `keep_products`: checkpointing keeps the outputs of 4-bit layers (checkpointing.py)."""
     model.requires_grad_(False)
     if norms_fp32:
         for name, p in model.named_parameters():
@@ -64,7 +68,8 @@ def prepare_model(model: nn.Module, gradient_checkpointing: bool = True, norms_f
                 p.data = p.data.float()
     if gradient_checkpointing:
         model.config.use_cache = False
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        keep = {"context_fn": keeping} if keep_products else {}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **keep})
     return model
 
 

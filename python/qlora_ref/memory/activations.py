@@ -51,6 +51,14 @@ class Layer:
         """The one tensor kept for a layer under checkpointing: its input."""
         return self.e * self.T * self.a.hidden
 
+    @property
+    def products(self) -> int:
+        """Outputs of 4-bit layers that wait for the layer's recomputation: all but the last one's."""
+        if not (self.s.keep_products and self.s.quantized):
+            return 0
+        last = "down_proj" if "down_proj" in self.matrices else "o_proj"
+        return self.c * self.T * sum(m.outputs for name, m in self.matrices.items() if name != last)
+
     def saved(self) -> int:
         """S: everything autograd saves for the backward of one layer, without the layer's input."""
         blocks = 2 if self.a.encoder_decoder else 1  # a decoder layer attends to itself and to the encoder

@@ -82,6 +82,7 @@ def remedies(s: Settings) -> list[dict]:
     """Changes that can lower memory, those that leave the result the same first, then from mild to harsh."""
     candidates: list[dict[str, Any]] = [
         {"paged": True},
+        {"keep_products": False},
         {"checkpointing": True},
         {"logits_chunk": 1024},
         {"attention": "flash"},
@@ -116,7 +117,8 @@ def smallest_remedy(a: Architecture, s: Settings, card: Card, margin: Margin) ->
 
 def ladder(a: Architecture, s: Settings, margin: Margin) -> list[tuple[str, Estimate]]:
     """From 16-bit full fine-tuning to the paper's setup, and one step beyond, one feature at a time."""
-    start = preset(Settings(checkpointing=s.checkpointing, attention=s.attention, logits_chunk=s.logits_chunk), s)
+    kept = {name: getattr(s, name) for name in ("checkpointing", "keep_products", "attention", "logits_chunk")}
+    start = preset(Settings(**kept), s)
     full = replace(start, weights="bf16", train="full", double_quant=False)
     lora = replace(full, train="adapters")
     flat = replace(lora, weights="nf4")

@@ -174,8 +174,10 @@ def _phases(a: Architecture, s: Settings, trainable: list[tuple[int, int]]) -> d
     gradients = _bytes(trainable, size)
     worst = layer.backward()
 
-    def phase(kept_layers: int, working: int = 0, logits: int = 0, scratch: int = 0, grads: int = 0) -> Counter:
-        out = Counter({row.TABLES: _tables(a, s), kind: kept_layers * kept})
+    def phase(
+        kept_layers: int, waiting: int, working: int = 0, logits: int = 0, scratch: int = 0, grads: int = 0
+    ) -> Counter:
+        out = Counter({row.TABLES: _tables(a, s), kind: kept_layers * kept + waiting * layer.products})
         out.update({row.WORKING: working - unsaved, row.LOGITS: logits, row.SCRATCH: scratch})
         return +(out + Counter({row.GRADIENTS: grads}))
 
@@ -188,9 +190,9 @@ def _phases(a: Architecture, s: Settings, trainable: list[tuple[int, int]]) -> d
     last = before or head
     first = before or head + layers * (count - 1) // count
     return {
-        row.LOSS_FORWARD: phase(count, *activations.loss_forward(a, s), grads=before),
-        row.LOSS_BACKWARD: phase(count, *activations.loss_backward(a, s), grads=before),
-        row.LAST_LAYER: phase(ahead, worst.working, 0, worst.scratch, last + worst.gradients),
-        row.FIRST_LAYER: phase(ahead - count + 1, worst.working, 0, worst.scratch, first + worst.gradients),
+        row.LOSS_FORWARD: phase(count, count, *activations.loss_forward(a, s), grads=before),
+        row.LOSS_BACKWARD: phase(count, count, *activations.loss_backward(a, s), grads=before),
+        row.LAST_LAYER: phase(ahead, count - 1, worst.working, 0, worst.scratch, last + worst.gradients),
+        row.FIRST_LAYER: phase(ahead - count + 1, 0, worst.working, 0, worst.scratch, first + worst.gradients),
         row.STEP: Counter({row.GRADIENTS: gradients}),
     }

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..checkpointing import keep_products
 from ..nn import attach_lora, quantize_model
 from ..quantized import QuantConfig
 from .architecture import Architecture
@@ -120,7 +121,8 @@ def build(
     )
     model.train()
     if settings.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        keep = {"context_fn": keep_products} if settings.keep_products else {}
+        model.activation_checkpointing_enable({"use_reentrant": False, **keep})
     return Graph(model, list(model.model.layers), model.lm_head, architecture)
 
 

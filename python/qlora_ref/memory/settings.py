@@ -23,8 +23,9 @@ class Settings:
     targets is "all", "attention", "mlp" or names joined by commas.
     compute_dtype: of activations and dequantized weights; embedding_dtype: of embeddings, head and norms.
     optimizer: "adamw32" or "adamw8" (blocks of state_block); paged: states in host memory, with a device
-    pool of pool_mib. checkpointing: keep one tensor a layer, recompute the rest. logits_chunk: tokens whose
-    logits exist at a time (0: all). attention: "flash" (nothing quadratic) or "eager" (score matrices).
+    pool of pool_mib. checkpointing: keep one tensor a layer, recompute the rest; keep_products: keep the
+    outputs of 4-bit layers too. logits_chunk: tokens whose logits exist at a time (0: all).
+    attention: "flash" (nothing quadratic) or "eager" (score matrices).
     """
 
     seq: int = 512
@@ -46,6 +47,7 @@ class Settings:
     paged: bool = False
     pool_mib: int = 512
     checkpointing: bool = True
+    keep_products: bool = False
     logits_chunk: int = 0
     attention: str = "flash"
 
@@ -114,6 +116,8 @@ def check(s: Settings) -> None:
         raise ConfigError(f"--logits-chunk {s.logits_chunk}: give a number of tokens, or 0 for no chunks.")
     if not 0 <= s.dropout < 1:
         raise ConfigError(f"--dropout {s.dropout}: a probability from 0 up to (not including) 1 is needed.")
+    if s.keep_products and not s.checkpointing:
+        raise ConfigError("--keep-products is a kind of checkpointing; pass it without --no-checkpointing.")
     if s.train == "full" and s.quantized:
         raise ConfigError(
             f"--train full with --weights {s.weights}: 4-bit weights are frozen and get no gradient; "
