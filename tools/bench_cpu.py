@@ -112,7 +112,7 @@ def bench_quantize(rows: list[Row], machine: Machine, shape, bnb, threads: int) 
     n = weight.numel()
     floor = n * (2 + 0.5 + 1 / 16) / machine.copy
     target = ">= 100x bitsandbytes, >= 3 Gw/s a core"
-    rows.append(Row("quantize", name(shape), threads, None, interleaved(calls, 9), floor, target))
+    rows.append(Row("quantize", name(shape), threads, None, interleaved(calls, 21), floor, target))
 
 
 def bnb_kernel(bnb, packed, absmax, out):
@@ -134,7 +134,7 @@ def bench_dequantize(rows: list[Row], machine: Machine, shape, bnb, threads: int
     if bnb and (kernel := bnb_kernel(bnb, flat.packed, flat.absmax, out)):
         calls["bitsandbytes"] = kernel
     target = "kernel >= 2.5x bitsandbytes' kernel; nested <= 1.05 flat"
-    rows.append(Row("dequantize, cached", name(weight.shape), threads, None, interleaved(calls, 99), None, target))
+    rows.append(Row("dequantize, cached", name(weight.shape), threads, None, interleaved(calls, 999), None, target))
 
     weight = torch.randn(shape).mul_(0.02).to(BF16)
     q, flat = QuantizedTensor.quantize(weight, NESTED), QuantizedTensor.quantize(weight, FLAT)

@@ -130,9 +130,11 @@ class BoundDecoder:
         dtype = DTYPE.get(out.dtype)
         if dtype is None or not out.dim() or not out.is_contiguous():
             return False
-        addresses: tuple[int, ...] = (q.packed.data_ptr(), q.absmax.data_ptr())
-        if q.nested_absmax is not None:
-            addresses += q.nested_absmax.data_ptr(), q.absmax_mean.data_ptr()
+        addresses: tuple[int, ...]
+        if (nested := q.nested_absmax) is None:
+            addresses = q.packed.data_ptr(), q.absmax.data_ptr()
+        else:
+            addresses = q.packed.data_ptr(), q.absmax.data_ptr(), nested.data_ptr(), q.absmax_mean.data_ptr()
         if addresses != self._addresses and not self._bind(q, addresses):
             return False
         if not out.is_inference():
