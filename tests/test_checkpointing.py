@@ -80,8 +80,14 @@ def test_a_second_backward_computes_what_the_first_was_given(products):
         assert_bits_equal(a, b)
 
 
-def test_an_output_changed_in_place_is_computed_again(products):
-    block, x = Block(change=lambda y: y.mul_(2)), torch.randn(5, 64, requires_grad=True)
+def through_a_view(y):
+    y.view(-1)[3:7].zero_()
+    return y
+
+
+@pytest.mark.parametrize("change", [lambda y: y.mul_(2), through_a_view], ids=["whole", "view"])
+def test_an_output_changed_in_place_is_computed_again(products, change):
+    block, x = Block(change=change), torch.randn(5, 64, requires_grad=True)
     expected = block.gradients(block(x), x)
     products.clear()
     actual = block.gradients(checkpoint(block, x, **KEEPING), x)
@@ -104,12 +110,30 @@ def test_work_behind_the_last_product(products):
 def test_a_run_within_a_run(products):
     """The inner function keeps for itself; what the outer one computes again, it computes from the beginning."""
     inner, outer, x = Block(), Block(), torch.randn(5, 64, requires_grad=True)
-    expected = outer.gradients(outer(inner(x)), x)
+    leaves = [x, *(p for b in (inner, outer) for p in b.parameters() if p.requires_grad)]
+    expected = torch.autograd.grad(outer(inner(x)).sum(), leaves)
+    products.clear()
     both = lambda x: outer(checkpoint(inner, x, **KEEPING))
-    actual = outer.gradients(checkpoint(both, x, **KEEPING), x)
+    actual = torch.autograd.grad(checkpoint(both, x, **KEEPING).sum(), leaves)
+    assert products == [*THREE, *THREE, *THREE]  # forward twice, and the inner one from its beginning
     for a, e in zip(actual, expected, strict=True):
         assert_bits_equal(a, e)
     assert checkpointing.current() is None
+
+
+def test_dropout(products):
+    """The adapter is a branch of its own, whose products are not ours; the frozen ones are kept, but for the last."""
+    block, x = Block(), torch.randn(5, 64, requires_grad=True)
+    for module in (block.first, block.second, block.last):
+        module.dropout = torch.nn.Dropout(0.5)
+    torch.manual_seed(1)
+    expected = block.gradients(block(x), x)
+    products.clear()
+    torch.manual_seed(1)
+    actual = block.gradients(checkpoint(block, x, **KEEPING), x)
+    assert products == [*THREE, (96, 64)]  # the last stands before its branch, which saves its input
+    for a, e in zip(actual, expected, strict=True):
+        assert_bits_equal(a, e)
 
 
 def test_an_error_leaves_no_run_behind():
@@ -149,16 +173,17 @@ def test_what_is_kept_goes_with_the_backward():
     assert kept == [[None, None]] and not any(m() is not None for m in memory)
 
 
-@pytest.mark.parametrize("wrong", ["name", "shape"])
+@pytest.mark.parametrize("wrong", ["name", "shape", "dtype"])
 def test_what_does_not_fit_is_computed(wrong):
     first, again = keep_products()
     with first:
         for _ in range(2):
             first.keep("lora_linear_4bit", torch.ones(3, 4))
-    name, shape = ("linear_4bit", (3, 4)) if wrong == "name" else ("lora_linear_4bit", (4, 3))
+    right = {"name": "lora_linear_4bit", "shape": (3, 4), "dtype": torch.float32}
+    other = {"name": "linear_4bit", "shape": (4, 3), "dtype": torch.bfloat16}
     with again:
-        assert again.product(name, shape, lambda: "computed") == "computed"
-        assert again.product("lora_linear_4bit", (3, 4), lambda: "computed") == "computed"  # the last is not kept
+        assert again.product(**(right | {wrong: other[wrong]}), compute=lambda: "computed") == "computed"
+        assert again.product(**right, compute=lambda: "computed") == "computed"  # the last is not kept
 
 
 class Watch(torch.utils._python_dispatch.TorchDispatchMode):

@@ -152,6 +152,9 @@ def test_a_card_keeps_the_step_and_fits_it(tmp_path):
 
         assert estimate(read_config(tmp_path), memory_settings(c)).needed <= size
     assert batches == sorted(batches) and batches[0] < batches[-1]
+    for length, kept in (("2048", True), ("4096", False)):  # given up before the moments lose bits
+        c = parse(*common, "--max-length", length, "--keep-products", "--card", "16")
+        assert (c.keep_products, c.optimizer_bits) == (kept, 32)
     with pytest.raises(UserError, match="is not known; known are"):
         parse(*common, "--card", "7")
     (tmp_path / "config.json").write_text(json.dumps(hf_config("llama-3.1-405b")))
@@ -258,6 +261,9 @@ def test_out_of_memory_names_three_flags(good, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert "--batch-size 1 --grad-accum 16" in error and "--max-length 256" in error and "--optimizer-bits 8" in error
     assert "4-bit weights" in error
+    flags = {**good, "--output": good["--output"] + "-kept"}
+    assert train_cli.main([*(x for pair in flags.items() for x in pair), "--keep-products"]) == 1
+    assert "--no-keep-products" in capsys.readouterr().err
 
 
 # --- preview --------------------------------------------------------------------------------------------------------

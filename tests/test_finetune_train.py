@@ -177,6 +177,10 @@ def test_generating_between_steps_leaves_checkpointing_as_it_was(settings):
     with inference(model):
         assert not is_checkpointing(model)
     assert is_checkpointing(model) and keeps_products(model)
+    model.gradient_checkpointing_disable()
+    with inference(model):
+        pass
+    assert not is_checkpointing(model) and not keeps_products(model)
 
 
 @pytest.mark.parametrize("schedule, end", [("constant", 1.0), ("cosine", 0.0), ("linear", 0.0)])
@@ -247,6 +251,8 @@ def test_resume_refuses_other_settings_and_other_data(settings, tmp_path):
     asked = settings.replace(resume=True, lr=1.0)
     with pytest.raises(UserError, match="started with --lr 0.003, not 1.0"):
         run.resumed_config(asked, {"lr", "output"})
+    kept = settings.replace(resume=True, keep_products=True)
+    assert run.resumed_config(kept, {"keep_products"}).keep_products  # it changes no bit
     config = run.resumed_config(settings.replace(resume=True), {"output"})
     with pytest.raises(TrainingStopped, match="data or its tokens changed"):
         run.run(config.replace(max_examples=50))

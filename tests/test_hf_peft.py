@@ -15,6 +15,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from qlora_ref import hf
+from qlora_ref.checkpointing import keep_products as keeping
 from qlora_ref.hf.lora import Lora4bit
 from qlora_ref.hf.peft import SIDE_FILE
 from qlora_ref.nn import Linear4bit
@@ -286,9 +287,10 @@ def test_checkpointing_changes_no_gradient(path, keep_products):
     plain = moved(attached(path))
     kept = {n: g.clone() for n, g in gradients(plain.train()).items()}
     torch.manual_seed(1)
-    checkpointed = moved(
-        hf.attach(hf.prepare_model(load(path), keep_products=keep_products), r=RANK, lora_alpha=8)
-    ).train()
+    prepared = hf.prepare_model(load(path), keep_products=keep_products)
+    arguments = prepared.model.layers[0]._gradient_checkpointing_func.keywords
+    assert arguments.get("context_fn") is (keeping if keep_products else None)
+    checkpointed = moved(hf.attach(prepared, r=RANK, lora_alpha=8)).train()
     again = gradients(checkpointed)
     assert all(torch.equal(kept[n], again[n]) for n in kept)
 

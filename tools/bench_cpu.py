@@ -263,8 +263,10 @@ def bench_steps(rows: list[Row], peaks: dict, steps: dict) -> None:
             ("qlora_ref", "training step", "floor"),
             ("qlora_ref-kept", "training step, products kept", "floor_kept"),
         ):
-            others = ("bitsandbytes", "bf16", "rest", *(["bitsandbytes-kept"] if ours.endswith("kept") else []))
-            times = {"nested": seconds[ours]} | {arm: seconds[arm] for arm in others if arm in seconds}
+            arms = ARMS if ours.endswith("kept") else [arm for arm in ARMS if not arm.endswith("kept")]
+            times = {"nested": seconds[ours]} | {a: seconds[a] for a in arms if a in seconds and "qlora" not in a}
+            if "bf16-kept" in times:
+                times["bf16"] = min(times["bf16"], times["bf16-kept"])
             least = min((r[floor] for r in results["rest"]), default=None)  # what the machine can do, undisturbed
             rows.append(Row(op, model, threads, None, times, least, ">= 1.5x bitsandbytes + PEFT"))
         peaks[model] = {arm: max(r["peak_bytes"] for r in rs) for arm, rs in results.items() if rs}

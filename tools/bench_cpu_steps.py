@@ -5,16 +5,15 @@
     python tools/bench.py --device cpu --steps                                     all arms by turns (bench_cpu.py)
 
 Models: `llama`, 110M parameters, 1 x 256 tokens, bf16; `demo`, the embedded model with the settings and the first
-batches of `qlora-ref demo`, float32. LoRA of rank 16 on every linear layer, gradient checkpointing, and the paged AdamW
-with 32-bit states (paper, section 3) that each project brings: bitsandbytes' own in its arms, ours in the others.
+batches of `qlora-ref demo`, float32. LoRA of rank 16 on every linear layer, gradient checkpointing, torch's AdamW.
 
 Arms: `qlora_ref`, `bitsandbytes` (with PEFT), `bf16` (our adapters on plain nn.Linear in the model's dtype), and
 `rest`: the linear layers and their adapters give zeros at once, everything else runs. `floor` is its time plus the
 flops of those layers at the most the multiply-add instruction can do (peak_flops.cpp; where that is not known, at the
 rate of torch's own large product): no implementation of the 4-bit layer can be faster.
 
-"kept" arms: checkpointing keeps the outputs of products. Ours by keep_products (checkpointing.py), bitsandbytes' by
-what torch has for it, selective checkpointing. `floor_kept` has no flops of recomputed products.
+"kept" arms: checkpointing keeps the outputs of products. Ours by keep_products (checkpointing.py), the others by what
+torch has for it, selective checkpointing. `floor_kept` has no flops of recomputed products.
 """
 
 import argparse
@@ -40,9 +39,8 @@ import bench_cpu
 from peak_flops import peak
 from qlora_ref.checkpointing import keep_products
 from qlora_ref.nn import LoRALinear, attach_lora, quantize_model
-from qlora_ref.optim import PagedAdamW
 
-ARMS = ("qlora_ref", "qlora_ref-kept", "bitsandbytes", "bitsandbytes-kept", "bf16", "rest")
+ARMS = ("qlora_ref", "qlora_ref-kept", "bitsandbytes", "bitsandbytes-kept", "bf16", "bf16-kept", "rest")
 MODELS = ("llama", "demo")
 RANK, ALPHA = 16, 32  # also the demo's
 
@@ -147,14 +145,14 @@ def _with_bitsandbytes(model, linears, dtype):
 
 def checkpointing(arm: str) -> dict[str, Any]:
     """The arguments of torch.utils.checkpoint."""
-    aten = torch.ops.aten
-    keep = {
-        "qlora_ref-kept": keep_products,
-        "bitsandbytes-kept": partial(
-            create_selective_checkpoint_contexts, [aten.mm.default, aten.addmm.default, aten.linear.default]
-        ),
-    }
-    return {"use_reentrant": False} | ({"context_fn": keep[arm]} if arm in keep else {})
+    if not arm.endswith("-kept"):
+        return {"use_reentrant": False}
+    if arm == "qlora_ref-kept":
+        return {"use_reentrant": False, "context_fn": keep_products}
+    products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default]
+    if arm == "bitsandbytes-kept":
+        products.append(torch.ops.bitsandbytes.gemm_4bit.default)
+    return {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, products)}
 
 
 def prepare(arm: str, name: str) -> tuple[Any, Problem, tuple[float, float]]:
@@ -168,8 +166,7 @@ def prepare(arm: str, name: str) -> tuple[Any, Problem, tuple[float, float]]:
     base.enable_input_require_grads()
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing(arm))
     model.train()
-    adamw = bench_cpu.load_bitsandbytes().optim.PagedAdamW32bit if arm.startswith("bitsandbytes") else PagedAdamW
-    optimizer = adamw([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step():
         for batch in problem.batches:

@@ -43,11 +43,11 @@ double rate(double flops, const Add& add) {
   return double(kRounds) * kSums * flops / seconds.count();
 }
 
-// Of all threads together, the best of five: what the machine can do, not what its neighbours left.
+// Of all threads together, the best of twenty: what the machine can do, not what its neighbours left.
 template <class One>
 double best_of_all(int threads, const One& one) {
   double best = 0;
-  for (int round = 0; round < 5; ++round) {
+  for (int round = 0; round < 20; ++round) {
     std::vector<double> rates(static_cast<size_t>(threads));
     std::vector<std::thread> team;
     for (double& each : rates) team.emplace_back([&each, &one] { each = one(); });

@@ -67,11 +67,11 @@ def register(
             return record_followed(lower, *args)
 
     def record_followed(lower, *args):
-        apply = super(torch.autograd.Function, Node).apply
-        run = checkpointing.current() if torch._C._functorch.peek_interpreter_stack() is None else None
+        plain = are_ordinary(*args) and torch._C._functorch.peek_interpreter_stack() is None
+        run = checkpointing.current() if plain else None
         if run is None:
             return apply(*args, lower)
-        y = apply(*args, lambda: run.product(name, output_shape(*args), lower))
+        y = apply(*args, lambda: run.product(name, output_shape(*args), args[0].dtype, lower))
         run.keep(name, y)
         return y
 
@@ -79,7 +79,7 @@ def register(
         y = apply(*args, lambda: _hollow(args[0], output_shape(*args)))  # a recomputation stops in here
         run = checkpointing.current()
         with torch._C._AutoDispatchBelowAutograd():
-            y.data = compute(*args) if run is None else run.product(name, y.shape, lambda: compute(*args))
+            y.data = compute(*args) if run is None else run.product(name, y.shape, y.dtype, lambda: compute(*args))
         if run is not None:
             run.keep(name, y)
         return y

@@ -1,17 +1,19 @@
-"""Gradient checkpointing that keeps what the 4-bit layers computed: a third of their flops less.
+"""Gradient checkpointing that keeps what the 4-bit layers computed: two products a layer and step instead of three.
 
 Checkpointing forgets what a block of the model computed and computes it again in backward. Most of that is products
-with frozen weights, whose results are few bytes beside all that the block would save without checkpointing. Keep them:
+with frozen weights. Where there is memory for their results, keep them:
 
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_products})
 
-The recomputation of a block then takes the outputs of its 4-bit layers (adapters included) from the forward pass, and
-computes only the rest: norms, attention, activation functions. Gradients have the same bits. Kept are tokens x
-out_features elements a layer, except for the last layer of each block, whose output no recomputation wants
-(autograd.py). A step is three products a layer with its frozen weight: forward, once more, and dx. This leaves two.
+The recomputation of a block then takes the outputs of its 4-bit layers (with their adapters, unless dropout makes those
+a branch of their own) from the forward pass, and computes only the rest: norms, attention, activation functions.
+Gradients have the same bits. Kept are tokens x out_features elements a layer, about half of all that a Llama block
+would save without checkpointing. The output of a block's last layer is not kept: in most models nothing behind it
+saves anything, and the recomputation stops before it (autograd.py). Where that is not so, it is computed again.
 
-Outputs are recognized by the order of calls, op and shape, as checkpointing itself recognizes what is saved. One that
-was changed in place meanwhile is computed again.
+Outputs are recognized by the order of calls, op, shape and dtype, as checkpointing itself recognizes what is saved. One
+that was changed in place meanwhile is computed again. A kernel that writes into it without PyTorch's knowledge is not
+noticed (Liger's rotary embedding does: leave it off here).
 """
 
 import threading
@@ -42,15 +44,17 @@ class Run:
         if not self._again and self._kept:
             self._kept.pop()  # the last
 
-    def product(self, name: str, shape: tuple[int, ...], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def product(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, compute: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
         """What the first run had at this place, or compute(). A kept output is given once: it is the caller's then."""
         place, self._count = self._count, self._count + 1
         kept = self._kept[place] if self._again and place < len(self._kept) else None
         if kept is None:
             return compute()
         self._kept[place] = None
-        fits = kept.name == name and kept.y.shape == shape and kept.y._version == kept.version
-        return kept.y if fits else compute()
+        fits = kept.name == name and kept.y.shape == shape and kept.y.dtype == dtype
+        return kept.y if fits and kept.y._version == kept.version else compute()
 
     def keep(self, name: str, y: torch.Tensor) -> None:
         """If this is the first run. `y` is what the model gets."""

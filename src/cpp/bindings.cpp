@@ -1,4 +1,5 @@
-// Module _C: the functions of kernels.h for native.py, their only importer; backend.py calls them and makes every check.
+// Module _C: the functions of kernels.h for native.py, their only importer; backend.py calls them and makes
+// every check.
 // Tensors arrive as addresses (0 for none), tables as the bytes of their struct, dtypes as the DType integer.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

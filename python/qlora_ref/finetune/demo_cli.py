@@ -127,7 +127,8 @@ def demo(config: TrainConfig) -> list[Result]:
     output = Path(config.output)
     try:
         four_bit = train_arm(config, "QLoRA (NF4)", asked)
-        sixteen = train_arm(config.replace(quant_type="none", output=str(output / "lora16")), "16-bit LoRA", asked)
+        plain = config.replace(quant_type="none", keep_products=False, output=str(output / "lora16"))
+        sixteen = train_arm(plain, "16-bit LoRA", asked)
     except KeyboardInterrupt:
         raise UserError(f"the demo was stopped; what was trained is in {output}.") from None
     results = [four_bit, sixteen]

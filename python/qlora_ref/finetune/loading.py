@@ -217,7 +217,7 @@ def set_checkpointing(model: Any, on: bool, products: bool = False) -> None:
 
 def keeps_products(model: Any) -> bool:
     functions = (getattr(m, "_gradient_checkpointing_func", None) for m in model.modules())
-    return any(f.keywords.get("context_fn") is keep_products for f in functions if f is not None)
+    return any(getattr(f, "keywords", {}).get("context_fn") is keep_products for f in functions)
 
 
 def is_checkpointing(model: Any) -> bool:

@@ -1,5 +1,6 @@
 """Shipped configs by name, and the settings that fit a card, chosen with the memory estimate."""
 
+import itertools
 from dataclasses import replace
 from importlib import resources
 from typing import Any
@@ -35,7 +36,8 @@ def listing() -> str:
 
 
 def fit_to_card(config: TrainConfig, card_name: str) -> TrainConfig:
-    """The same optimizer step on a card of so many GB: the largest micro-batch that fits, 8-bit states if they must be.
+    """The same optimizer step on a card of so many GB: the largest micro-batch that fits. If none does, products are
+    not kept under checkpointing, and then states have 8 bits.
 
     card_name: "24", "24GB", "48 GB, ECC on". UserError for an unknown card, or a model that fits with none of it.
     """
@@ -52,12 +54,16 @@ def fit_to_card(config: TrainConfig, card_name: str) -> TrainConfig:
     per_step = config.batch_size * config.grad_accum
     try:
         architecture = read_config(config.model)
-        for bits in dict.fromkeys((config.optimizer_bits, 8)):
+        for bits, keep in itertools.product(
+            dict.fromkeys((config.optimizer_bits, 8)), dict.fromkeys((config.keep_products, False))
+        ):
             for batch in (b for b in range(per_step, 0, -1) if per_step % b == 0):
-                candidate = config.replace(batch_size=batch, grad_accum=per_step // batch, optimizer_bits=bits)
+                candidate = config.replace(batch_size=batch, grad_accum=per_step // batch)
+                candidate = candidate.replace(optimizer_bits=bits, keep_products=keep)
                 if estimate(architecture, memory_settings(candidate)).needed <= card.size:
                     return candidate
-        least = estimate(architecture, replace(memory_settings(config), batch=1, optimizer="adamw8")).needed
+        least_settings = replace(memory_settings(config), batch=1, optimizer="adamw8", keep_products=False)
+        least = estimate(architecture, least_settings).needed
     except ConfigError as error:
         raise UserError(f"--card: {error}") from None
     raise UserError(

@@ -178,7 +178,7 @@ def resumed_config(config: TrainConfig, given: set[str]) -> TrainConfig:
     check_output(config)
     path = Path(config.output) / CONFIG_FILE
     saved = TrainConfig(**config_module.from_dict(config_module.load_yaml(path), str(path)))
-    free = {"output", "resume", "report_to", "save_limit"}
+    free = {"output", "resume", "report_to", "save_limit", "keep_products"}  # none of them changes a bit of the result
     for key in sorted(given - free):
         new, old = getattr(config, key), getattr(saved, key)
         if new != old and new != "auto":

@@ -98,6 +98,8 @@ def out_of_memory(prepared: run.Prepared, error: BaseException) -> str:
     third = "--optimizer-bits 8 (a quarter of the optimizer states)."
     if c.quant_type == "none":
         third = "--quant-type nf4 (a quarter of the weights)."
+    elif c.keep_products:
+        third = "--no-keep-products (the same step, more of it computed again)."
     elif not c.gradient_checkpointing:
         third = "--gradient-checkpointing (recompute activations)."
     table = report.memory_table({"run": report.memory_bytes(trainer)}, {"run": report.measured_peak(trainer)})

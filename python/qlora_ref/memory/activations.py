@@ -57,7 +57,9 @@ class Layer:
         if not (self.s.keep_products and self.s.quantized):
             return 0
         last = "down_proj" if "down_proj" in self.matrices else "o_proj"
-        return self.c * self.T * sum(m.outputs for name, m in self.matrices.items() if name != last)
+        attentions = 2 if self.a.encoder_decoder else 1
+        outputs = {name: m.outputs * (1 if name in MLP else attentions) for name, m in self.matrices.items()}
+        return self.c * self.T * (sum(outputs.values()) - self.matrices[last].outputs)
 
     def saved(self) -> int:
         """S: everything autograd saves for the backward of one layer, without the layer's input."""

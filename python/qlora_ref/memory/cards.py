@@ -117,7 +117,7 @@ def smallest_remedy(a: Architecture, s: Settings, card: Card, margin: Margin) ->
 
 def ladder(a: Architecture, s: Settings, margin: Margin) -> list[tuple[str, Estimate]]:
     """From 16-bit full fine-tuning to the paper's setup, and one step beyond, one feature at a time."""
-    kept = {name: getattr(s, name) for name in ("checkpointing", "keep_products", "attention", "logits_chunk")}
+    kept = {name: getattr(s, name) for name in ("checkpointing", "attention", "logits_chunk")}
     start = preset(Settings(**kept), s)
     full = replace(start, weights="bf16", train="full", double_quant=False)
     lora = replace(full, train="adapters")
