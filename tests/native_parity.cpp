@@ -408,6 +408,42 @@ void threaded_cases() {
   set_num_threads(1);
 }
 
+// LoRA has no scalar loop to be equal to (tests/test_cpu_lora.py holds it to its bounds). Here: the same bits on any number
+// of threads, for few and many tokens, and ragged sizes.
+void lora_cases() {
+  constexpr int64_t rank = 5, rows = 150, cols = 200;
+  for (DType dtype : kDTypes) {
+    Layer layer(dtype, rows, cols, 64, true, false);
+    Input A = numbers(Data::normal, DType::f32, rank * cols, codebooks[0].thresholds, 9);
+    Input B = numbers(Data::normal, DType::f32, rows * rank, codebooks[0].thresholds, 10);
+    const Lora lora{A.data(), B.data(), DType::f32, DType::f32, rank, cols, rows, 0.25f};
+    for (const std::string& variant : cpu_variants()) {
+      set_cpu_variant(variant);
+      for (int64_t m : {3, 33, 700}) {
+        if (!can_lora(dtype, rank) || !can_linear_4bit_backward(dtype, rows)) continue;
+        ++cases;
+        Input x = numbers(Data::normal, dtype, m * cols, codebooks[0].thresholds, 11);
+        Input dy = numbers(Data::normal, dtype, m * rows, codebooks[0].thresholds, 12);
+        const std::vector<Output> outputs = {
+            {kind_of(dtype), m * rows}, {Kind::f32, rank * cols}, {Kind::f32, rows * rank}, {kind_of(dtype), m * cols}};
+        const std::string what = variant + name(" LoRA dtype m =", dtype, m);
+        std::vector<Bytes> results[2];
+        for (int threads : {1, 3}) {
+          set_num_threads(threads);
+          results[threads / 3] = outputs_of(what, outputs, uint8_t(0x5a + threads), [&](void* const* out) {
+            lora_linear_4bit_forward(x.data(), dtype, m, layer.tensor.weight, codebooks[0], layer.bias.data(), lora,
+                                     out[0]);
+            lora_linear_4bit_backward(dy.data(), x.data(), dtype, m, layer.tensor.weight, codebooks[0], lora,
+                                      {out[1], out[2], out[3]});
+          });
+        }
+        set_num_threads(1);
+        if (results[0] != results[1]) fail(what + ": three threads give other bits than one");
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace parity
 
@@ -424,6 +460,7 @@ int main(int argc, char** argv) {
     for (int data = 0; data < int(Data::count); ++data) nested_case(dtype, Data(data), 5005, 64, 32);
   }
   threaded_cases();
+  lora_cases();
   std::printf("digest %016llx\n", static_cast<unsigned long long>(digest));
   linear_cases();
   adamw_cases();  // after the digest: its scalars come from the C library's pow
