@@ -15,7 +15,7 @@ x is not wider than y, else `addmm_`.
 
 Gradient checkpointing decodes every weight twice in a row, in the recomputed forward and in the backward. `Scratch`
 keeps the latest decoded weights within a budget, so that the backward finds what the recomputation left: two decodings
-a step instead of three.
+a step instead of three. (Where checkpointing.py keeps products the recomputation decodes nothing: two as well.)
 """
 
 from collections import OrderedDict
