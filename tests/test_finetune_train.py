@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_ref.cli import UserError
-from qlora_ref.finetune import run
+from qlora_ref.finetune import report, run
 from qlora_ref.finetune.checkpoint import flatten, list_checkpoints, unflatten
 from qlora_ref.finetune.config import TrainConfig
 from qlora_ref.finetune.generate import inference
@@ -340,7 +340,7 @@ def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_weights(settings, tmp_path
 KILLER = """
 import dataclasses, json, os, random, signal, sys, time
 import torch
-from qlora_ref.finetune import run
+from qlora_ref.finetune import report, run
 from qlora_ref.finetune.config import TrainConfig
 
 torch.set_num_threads(1)
@@ -434,3 +434,16 @@ def test_t5_batches_are_prompt_and_answer(settings, t5):
     assert batch["labels"][0].tolist() == tokens[start:].tolist() and tokens[-1] == 2
     with pytest.raises(UserError, match="encoder-decoder model takes one prompt"):
         run.prepare(settings.replace(model=t5, packing=True, template="plain"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ({"gradient_checkpointing": False}, "activations  kept\n"),
+        ({}, "activations  computed again in backward\n"),
+        ({"keep_products": True}, "activations  computed again in backward, outputs of 4-bit layers kept\n"),
+    ],
+)
+def test_the_start_says_what_backward_computes_again(settings, flags, text):
+    prepared = run.prepare(settings.replace(**flags))
+    assert text in report.startup(prepared.config, prepared.trainer, prepared.dtype, [])

@@ -128,6 +128,9 @@ def startup(config: TrainConfig, trainer: Trainer, dtype: torch.dtype, notes: li
     )  # fmt: skip
     name = str(dtype).removeprefix("torch.")
     per_step = f"{config.batch_size} x {config.grad_accum}"
+    activations = "kept" if not config.gradient_checkpointing else (
+        "computed again in backward" + (", outputs of 4-bit layers kept" if config.keep_products else "")
+    )  # fmt: skip
     rows = [
         (
             "versions",
@@ -141,6 +144,7 @@ def startup(config: TrainConfig, trainer: Trainer, dtype: torch.dtype, notes: li
         ("data", f"{config.data}: {trainer.data.summary()}"),
         ("held out", f"{min(len(trainer.eval_ids), config.max_eval_examples)} examples"),
         ("steps", f"{trainer.plan.total_steps} of {per_step} {'rows' if config.packing else 'examples'}"),
+        ("activations", activations),
         ("memory", estimated(config)),
         ("optimizer", f"paged AdamW {config.optimizer_bits}-bit, lr {config.lr:g} {config.schedule}{paged(config)}"),
     ]
