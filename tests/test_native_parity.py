@@ -103,3 +103,17 @@ def test_absmax_that_no_quantizer_makes_as_the_reference(dtype):
             assert_bits_equal(got, want, f"{variant} {dtype}")
     finally:
         native.set_cpu_variant(before)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None and "CXX" not in os.environ, reason="no C++ compiler (g++, or set CXX)")
+def test_threads_do_not_race(tables, tmp_path):
+    """ThreadSanitizer over every case, those on several threads among them. Without torch the team is plain threads,
+    which the sanitizer sees (libgomp it does not)."""
+    empty = tmp_path / "empty.cpp"
+    empty.write_text("int main() {}")
+    compiler = os.environ.get("CXX", "c++")
+    probe = subprocess.run([compiler, "-fsanitize=thread", empty, "-o", tmp_path / "empty"], capture_output=True)
+    if probe.returncode:
+        pytest.skip(f"{compiler} has no -fsanitize=thread (apt-get install libtsan2, or the one of your compiler)")
+    run(build("tsan", "-DCMAKE_CXX_FLAGS=-fsanitize=thread", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"), tables)
