@@ -30,7 +30,8 @@ def cpu_summary(text: str) -> str:
     threads = max(row["threads"] for row in rows)
     lines = [
         f"{about['CPU']}, {threads} threads, {about['variant']}; torch {about['torch']}, bitsandbytes "
-        f"{about['bitsandbytes']}; {about['date']}, commit {about['commit']}. Ours with double quantization.",
+        f"{about['bitsandbytes']}; {about['date']}, commit {about['commit']}. Ours with double quantization. "
+        "Products kept under checkpointing: by all, where that is faster ([docs/08](docs/08_kernels.md)).",
         "",
         "| op | out x in | tokens | ours ms | bitsandbytes / ours | bf16 torch / ours | floor / ours |",
         "|---|---|---|---|---|---|---|",
