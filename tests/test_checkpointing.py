@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
@@ -147,6 +148,26 @@ def test_an_error_leaves_no_run_behind():
     checkpoint(Block(), x, **KEEPING).sum().backward()
 
 
+def test_a_recomputation_that_failed_begins_anew(products):
+    """What it took is gone; the others still stand in their places."""
+    runs = []
+
+    def fail_once(y):
+        runs.append(y)
+        if len(runs) == 2:
+            raise RuntimeError("on purpose")
+        return y
+
+    block, x = Block(change=fail_once), torch.randn(5, 64, requires_grad=True)
+    y = checkpoint(block, x, **KEEPING)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        block.gradients(y, x, retain_graph=True)
+    actual = block.gradients(y, x)
+    assert products == [*THREE, (64, 96)]
+    for a, e in zip(actual, block.gradients(block(x), x), strict=True):
+        assert_bits_equal(a, e)
+
+
 def test_a_run_belongs_to_its_thread():
     first, _ = keep_products()
     with first:
@@ -214,10 +235,30 @@ def test_under_a_dispatch_mode(device):
             assert_bits_equal(a, e)
 
 
-def test_under_torch_func():
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("transform", ["jvp", "vmap"])
+def test_under_torch_func(transform):
     """Nothing is kept of what a transform runs."""
     block, x = Block(), torch.randn(5, 64, requires_grad=True)
-    along = lambda x: torch.func.jvp(block, (x,), (x,))[1]
+    along = {"jvp": lambda x: torch.func.jvp(block, (x,), (x,))[1], "vmap": torch.func.vmap(block)}[transform]
     expected = block.gradients(along(x), x)
     for a, e in zip(block.gradients(checkpoint(along, x, **KEEPING), x), expected, strict=True):
+        assert_bits_equal(a, e)
+
+
+def test_fake_tensors_are_not_kept():
+    """As a compiler makes them inside the block, in the first run only: the places of the others stay."""
+    block, x = Block(), torch.randn(5, 64, requires_grad=True)
+    expected, runs, layer = block.gradients(block(x), x), [], block.first
+    arguments = *layer.base_layer.op_args(), 96, None, layer.lora_A, layer.lora_B, layer.scaling
+
+    def traced_once(x):
+        runs.append(x)
+        if len(runs) == 1:
+            with FakeTensorMode() as mode, torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+                fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in (x, *arguments)]
+                assert torch.ops.qlora_ref.lora_linear_4bit(*fakes).requires_grad
+        return block(x)
+
+    for a, e in zip(block.gradients(checkpoint(traced_once, x, **KEEPING), x), expected, strict=True):
         assert_bits_equal(a, e)
