@@ -1,5 +1,4 @@
-// Module _C: the functions of kernels.h for native.py, their only importer; backend.py calls them and makes
-// every check.
+// Module _C: the functions of kernels.h for native.py, their only importer; backend.py calls them, after every check.
 // Tensors arrive as addresses (0 for none), tables as the bytes of their struct, dtypes as the DType integer.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -30,7 +29,8 @@ Table table(const py::bytes& bytes) {
   if (PyBytes_AsStringAndSize(bytes.ptr(), &data, &size) != 0) throw py::error_already_set();
   if (size != Py_ssize_t(sizeof(Table))) {
     throw std::invalid_argument("a table of " + std::to_string(size) + " bytes where the binary expects " +
-                                std::to_string(sizeof(Table)) + ": arguments.py and _C do not belong together, rebuild");
+                                std::to_string(sizeof(Table)) +
+                                ": arguments.py and _C do not belong together, rebuild");
   }
   Table result;
   std::memcpy(&result, data, sizeof result);

@@ -1,5 +1,6 @@
 // The native interface on one page. Every function equals one function of python/qlora_ref/reference/.
-// Raw pointers and sizes only; all checks (dtype, device, contiguity, sizes) are made in Python, in backend.py and arguments.py.
+// Raw pointers and sizes only; all checks (dtype, device, contiguity, sizes) are made in python/qlora_ref/backend.py and
+// arguments.py.
 // Every function writes exactly the outputs named, nothing else.
 #pragma once
 #include <string>

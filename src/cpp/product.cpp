@@ -66,8 +66,8 @@ struct Product {
     panel_bytes = parts(depth, elements * kPanelRows) * kPanelRows * kPanelBytes;
   }
   // The rows of a panel of dx are short pieces of rows of the weight. Several panels share them, as far as that leaves all
-  // threads busy: a round of pieces takes the time of their panels, and an eighth of a panel is
-  // assumed for what each piece costs besides.
+  // threads busy: a round of pieces takes the time of their panels, and an eighth of a panel is assumed for what each piece
+  // costs besides.
   int64_t panels_together() const {
     const int64_t panels = parts(features, kPanelFeatures), blocks = parts(tokens, token_part);
     int64_t best = 1, least = INT64_MAX;
