@@ -188,7 +188,7 @@ def test_what_is_kept_goes_with_the_backward():
         return first, again
 
     y = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
-    memory = [weakref.ref(product.y) for product in kept[0]]
+    memory = [weakref.ref(product.outputs[0]) for product in kept[0]]
     assert [m().shape for m in memory] == [(5, 96), (5, 96)]
     block.gradients(y, x)
     assert kept == [[None, None]] and not any(m() is not None for m in memory)

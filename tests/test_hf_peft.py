@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from attention_kernels import Kernels
 from hf_models import IDS, gpt2, llama, saved
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'qlora_ref[hf]')")
@@ -291,8 +292,11 @@ def test_checkpointing_changes_no_gradient(path, keep_products):
     arguments = prepared.model.layers[0]._gradient_checkpointing_func.keywords
     assert arguments.get("context_fn") is (keeping if keep_products else None)
     checkpointed = moved(hf.attach(prepared, r=RANK, lora_alpha=8)).train()
-    again = gradients(checkpointed)
+    with Kernels() as attention:
+        again = gradients(checkpointed)
     assert all(torch.equal(kept[n], again[n]) for n in kept)
+    layers = len(prepared.model.layers)
+    assert attention.count == (layers if keep_products else 2 * layers)
 
 
 def test_counts_are_the_unpacked_ones(path, capsys):

@@ -37,7 +37,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import bench_cpu
 from peak_flops import peak
-from qlora_ref.checkpointing import keep_products
+from qlora_ref.hf.checkpointing import arguments
 from qlora_ref.nn import LoRALinear, attach_lora, quantize_model
 
 ARMS = ("qlora_ref", "qlora_ref-kept", "bitsandbytes", "bitsandbytes-kept", "bf16", "bf16-kept", "rest")
@@ -148,8 +148,9 @@ def checkpointing(arm: str) -> dict[str, Any]:
     if not arm.endswith("-kept"):
         return {"use_reentrant": False}
     if arm == "qlora_ref-kept":
-        return {"use_reentrant": False, "context_fn": keep_products}
-    products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default]
+        return arguments(products=True)
+    products = [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default]
+    products += [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default]
     if arm == "bitsandbytes-kept":
         products.append(torch.ops.bitsandbytes.gemm_4bit.default)
     return {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, products)}

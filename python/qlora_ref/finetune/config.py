@@ -77,7 +77,7 @@ class TrainConfig:
     )
     pool_mib: int = opt(512, "device memory for pages of Adam's moments, MiB")
     gradient_checkpointing: bool = opt(True, "recompute activations in the backward pass")
-    keep_products: bool = opt(False, "but keep the outputs of 4-bit layers: fewer products, more memory")
+    keep_products: bool = opt(False, "but keep the outputs of 4-bit layers and attention: faster, more memory")
     group_by_length: bool = opt(False, "batch examples of similar length")
     packing: bool = opt(False, "several examples in one row, each blind to the others")
     seed: int = opt(0, "adapter init, data order and dropout follow from it")

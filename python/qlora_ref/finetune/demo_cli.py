@@ -146,7 +146,7 @@ def summary(results: list[Result], asked: list[tuple[Message, str]], output: Pat
         "",
         report.table(rows, right=(1, 2, 3)),
         f"  QLoRA ends {abs(difference):.4f} {'above' if difference > 0 else 'below'} 16-bit LoRA (one seed)",
-        "  QLoRA kept the outputs of its 4-bit layers for backward (--keep-products), 16-bit LoRA computed all again",
+        "  QLoRA kept the outputs of 4-bit layers and attention (--keep-products), 16-bit LoRA computed all again",
         "",
         report.memory_table({r.name: r.memory for r in results}, {r.name: r.peak for r in results}),
         "  paged AdamW: {faults} page faults, {} to the device, {} back".format(

@@ -203,16 +203,17 @@ def quant_config(config: TrainConfig) -> QuantConfig:
 def set_checkpointing(model: Any, on: bool, products: bool = False) -> None:
     """Recompute activations in the backward pass, the non-reentrant way (the other loses frozen-input gradients).
 
-    `products`: keep the outputs of 4-bit layers (checkpointing.py).
+    `products`: keep the outputs of 4-bit layers and of attention (checkpointing.py).
     """
+    from ..hf.checkpointing import arguments
+
     if not on:
         off = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
         off()
         return
-    arguments = {"use_reentrant": False} | ({"context_fn": keep_products} if products else {})
     # the second name: transformers before the renaming
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(arguments)
+    enable(arguments(products))
 
 
 def keeps_products(model: Any) -> bool:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpointing import keep_products as keeping
 from ..nn import Linear4bit, count_parameters
 from .versions import require
 
@@ -21,6 +20,7 @@ require("peft", "qlora_ref.hf.peft")
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
+from . import checkpointing
 from .lora import Lora4bit
 
 SIDE_FILE = "qlora_ref.json"  # beside adapter_config.json: which 4-bit base the adapter was trained on
@@ -60,7 +60,7 @@ def prepare_model(
 ) -> nn.Module:
     """Freeze the base for training. Unlike PEFT's `prepare_model_for_kbit_training`, 16-bit embeddings and head stay
     16-bit (upcasting them costs 2 GiB on Llama-3.1-8B); `norms_fp32` upcasts one-dimensional weights only.
-    `keep_products`: checkpointing keeps the outputs of 4-bit layers (checkpointing.py)."""
+    `keep_products`: checkpointing keeps the outputs of 4-bit layers and of "sdpa" attention (checkpointing.py)."""
     model.requires_grad_(False)
     if norms_fp32:
         for name, p in model.named_parameters():
@@ -68,8 +68,7 @@ def prepare_model(
                 p.data = p.data.float()
     if gradient_checkpointing:
         model.config.use_cache = False
-        keep = {"context_fn": keeping} if keep_products else {}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **keep})
+        model.gradient_checkpointing_enable(checkpointing.arguments(keep_products))
     return model
 
 

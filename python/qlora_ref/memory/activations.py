@@ -53,13 +53,21 @@ class Layer:
 
     @property
     def products(self) -> int:
-        """Outputs of 4-bit layers that wait for the layer's recomputation: all but the last one's."""
-        if not (self.s.keep_products and self.s.quantized):
+        """What waits for the layer's recomputation: outputs of 4-bit layers, all but the last one's, and what a fused
+        attention kernel gives."""
+        if not self.s.keep_products:
             return 0
-        last = "down_proj" if "down_proj" in self.matrices else "o_proj"
         attentions = 2 if self.a.encoder_decoder else 1
+        fused = attentions * self.attention_outputs() if self.s.attention == "flash" else 0
+        if not self.s.quantized:
+            return fused
+        last = "down_proj" if "down_proj" in self.matrices else "o_proj"
         outputs = {name: m.outputs * (1 if name in MLP else attentions) for name, m in self.matrices.items()}
-        return self.c * self.T * (sum(outputs.values()) - self.matrices[last].outputs)
+        return fused + self.c * self.T * (sum(outputs.values()) - self.matrices[last].outputs)
+
+    def attention_outputs(self) -> int:
+        """The result of a fused kernel and its log-sum-exp."""
+        return self.T * (self.e * self.a.query_width + FP32 * self.a.heads)
 
     def saved(self) -> int:
         """S: everything autograd saves for the backward of one layer, without the layer's input."""
@@ -82,7 +90,7 @@ class Layer:
         if self.s.attention == "eager":
             return saved + self.T * self.s.seq * a.heads * (FP32 + e * (e < FP32))  # softmax, its 16-bit copy
         shared_output = e == self.c and self.s.dropout == 0 and self.keeps_input("o_proj")
-        return saved + self.T * (e * a.query_width * (not shared_output) + FP32 * a.heads)  # log-sum-exp
+        return saved + self.attention_outputs() - shared_output * e * self.T * a.query_width
 
     @property
     def key_width(self) -> int:

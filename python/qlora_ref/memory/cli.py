@@ -92,7 +92,7 @@ def _training_options(group, default: Settings) -> None:
     group.add_argument("--pool-mib", type=int, default=default.pool_mib, help="device memory for pages (%(default)s)")
     group.add_argument("--checkpointing", action=toggle, default=default.checkpointing, help="recompute activations")
     group.add_argument(
-        "--keep-products", action=toggle, default=default.keep_products, help="but keep outputs of 4-bit layers"
+        "--keep-products", action=toggle, default=default.keep_products, help="but keep 4-bit layers and attention"
     )
     group.add_argument(
         "--logits-chunk", type=int, default=default.logits_chunk, help="tokens with logits at a time, 0: all"

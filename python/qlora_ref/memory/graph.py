@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import ops
-from ..checkpointing import keep_products
+from .. import checkpointing, ops
+from ..hf.checkpointing import arguments
 from ..nn import attach_lora, quantize_model
 from ..quantized import QuantConfig
 from .architecture import Architecture
@@ -31,13 +31,12 @@ class Graph:
 
 
 class Flash(torch.autograd.Function):
-    """Allocates what a flash attention kernel allocates: (b, s, n, d) output, fp32 log-sum-exp, three gradients."""
+    """Allocates what a flash attention kernel allocates: (b, n, s, d) output, fp32 log-sum-exp, three gradients."""
 
     @staticmethod
     def forward(ctx, query, key, value):
-        batch, heads, seq, width = query.shape
-        out = query.new_empty(batch, seq, heads, width)
-        ctx.save_for_backward(query, key, value, out, query.new_empty(batch, heads, seq, dtype=torch.float32))
+        out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+        ctx.save_for_backward(query, key, value, out, logsumexp)
         return out
 
     @staticmethod
@@ -47,7 +46,8 @@ class Flash(torch.autograd.Function):
 
 
 def _flash(module, query, key, value, attention_mask, **_):
-    return Flash.apply(query, key, value), None
+    with checkpointing.attention():
+        return Flash.apply(query, key, value).transpose(1, 2), None
 
 
 def _eager(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
@@ -121,8 +121,7 @@ def build(
     )
     model.train()
     if settings.checkpointing:
-        keep = {"context_fn": keep_products} if settings.keep_products else {}
-        model.activation_checkpointing_enable({"use_reentrant": False, **keep})
+        model.activation_checkpointing_enable(arguments(settings.keep_products))
     return Graph(model, list(model.model.layers), model.lm_head, architecture)
 
 

@@ -24,7 +24,7 @@ class Settings:
     compute_dtype: of activations and dequantized weights; embedding_dtype: of embeddings, head and norms.
     optimizer: "adamw32" or "adamw8" (blocks of state_block); paged: states in host memory, with a device
     pool of pool_mib. checkpointing: keep one tensor a layer, recompute the rest; keep_products: keep the
-    outputs of 4-bit layers too. logits_chunk: tokens whose logits exist at a time (0: all).
+    outputs of 4-bit layers and of flash attention too. logits_chunk: tokens whose logits exist at a time (0: all).
     attention: "flash" (nothing quadratic) or "eager" (score matrices).
     """
 
