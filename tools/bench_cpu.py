@@ -45,7 +45,12 @@ BF16 = torch.bfloat16
 SHAPES = ((4096, 4096), (4096, 14336))  # (out, in)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 RANK = 16
-BNB = ("bitsandbytes", "bnb flat", "bitsandbytes-kept")  # alternatives of a row; the fastest counts
+STEP_ROWS = (  # op, arm of ours, arms of the others (bench_cpu_steps.py)
+    ("training step", "", "", ">= 1.5x bitsandbytes + PEFT"),
+    ("training step, products kept by all", "-kept", "-kept", ">= 1.5x bitsandbytes + PEFT"),
+    ("training step, products kept by ours", "-kept", "", ">= 1.5x bitsandbytes + PEFT"),
+)
+BNB = ("bitsandbytes", "bnb flat")  # alternatives of a row; the fastest counts
 FLAT, NESTED = QuantConfig(double_quant=False), QuantConfig()
 
 
@@ -259,16 +264,11 @@ def bench_steps(rows: list[Row], peaks: dict, steps: dict) -> None:
                 if result := step_arm(arm, model, threads):
                     results[arm].append(result)
         seconds = {a: sorted(r["seconds"] for r in rs)[len(rs) // 2] for a, rs in results.items() if rs}
-        for ours, op, floor in (
-            ("qlora_ref", "training step", "floor"),
-            ("qlora_ref-kept", "training step, products kept", "floor_kept"),
-        ):
-            arms = ARMS if ours.endswith("kept") else [arm for arm in ARMS if not arm.endswith("kept")]
-            times = {"nested": seconds[ours]} | {a: seconds[a] for a in arms if a in seconds and "qlora" not in a}
-            if "bf16-kept" in times:
-                times["bf16"] = min(times["bf16"], times["bf16-kept"])
-            least = min((r[floor] for r in results["rest"]), default=None)  # what the machine can do, undisturbed
-            rows.append(Row(op, model, threads, None, times, least, ">= 1.5x bitsandbytes + PEFT"))
+        for op, ours, theirs, target in STEP_ROWS:
+            times = {key: seconds[key + theirs] for key in ("bitsandbytes", "bf16", "rest") if key + theirs in seconds}
+            least = min((r["floor"] for r in results["rest" + ours]), default=None)  # undisturbed
+            times["nested"] = seconds["qlora_ref" + ours]
+            rows.append(Row(op, model, threads, None, times, least, target))
         peaks[model] = {arm: max(r["peak_bytes"] for r in rs) for arm, rs in results.items() if rs}
         steps[model] = {arm: [(r["seconds"], r["page_faults"]) for r in rs] for arm, rs in results.items()}
 
@@ -327,7 +327,7 @@ def markdown(ceilings: dict[int, Machine], info: dict, rows: list[Row], peaks: d
         for threads, m in ceilings.items()
     )
     text = [f"{about}.", "", f"Ceilings measured in the same run: {measured}.", "",
-            "Medians of alternatives that took turns. Column bitsandbytes: its fastest form (nested, flat; kept).",
+            "Medians of alternatives that took turns. Column bitsandbytes: the faster of nested and flat.",
             "", HEAD, *map(line, rows)]  # fmt: skip
     medians = {row.shape: row.times for row in rows if row.op == "training step"}
     for model, of_arm in peaks.items():

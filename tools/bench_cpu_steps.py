@@ -12,8 +12,8 @@ Arms: `qlora_ref`, `bitsandbytes` (with PEFT), `bf16` (our adapters on plain nn.
 flops of those layers at the most the multiply-add instruction can do (peak_flops.cpp; where that is not known, at the
 rate of torch's own large product): no implementation of the 4-bit layer can be faster.
 
-"kept" arms: checkpointing keeps the outputs of products. Ours by keep_products (checkpointing.py), the others by what
-torch has for it, selective checkpointing. `floor_kept` has no flops of recomputed products.
+"kept" arms: checkpointing keeps the outputs of products and of attention. Ours by keep_products (checkpointing.py), the
+others by what torch has for it, selective checkpointing. The floor of `rest-kept` has no flops of recomputed products.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from peak_flops import peak
 from qlora_ref.hf.checkpointing import arguments
 from qlora_ref.nn import LoRALinear, attach_lora, quantize_model
 
-ARMS = ("qlora_ref", "qlora_ref-kept", "bitsandbytes", "bitsandbytes-kept", "bf16", "bf16-kept", "rest")
+ARMS = tuple(arm + kept for arm in ("qlora_ref", "bitsandbytes", "bf16", "rest") for kept in ("", "-kept"))
 MODELS = ("llama", "demo")
 RANK, ALPHA = 16, 32  # also the demo's
 
@@ -114,17 +114,17 @@ def layer_flops(linears, tokens: int, kept: bool) -> float:
     return 2.0 * tokens * total
 
 
-def adapt(problem: Problem, arm: str) -> tuple[Any, tuple[float, float]]:
-    """(the model with adapters as the arm makes them, flops of its linear layers in a step: all, with outputs kept)."""
+def adapt(problem: Problem, arm: str) -> tuple[Any, float]:
+    """(the model with adapters as the arm makes them, flops of its linear layers in a step)."""
     model = problem.model
     linears = [(p, m) for p, m in model.named_modules() if isinstance(m, nn.Linear) and p != "lm_head"]
-    flops = layer_flops(linears, problem.tokens(), False), layer_flops(linears, problem.tokens(), True)
+    flops = layer_flops(linears, problem.tokens(), arm.endswith("-kept"))
     if arm.startswith("bitsandbytes"):
         return _with_bitsandbytes(model, linears, problem.dtype), flops
     if arm.startswith("qlora_ref"):
         quantize_model(model)
     attach_lora(model, RANK, ALPHA)
-    if arm == "rest":
+    if arm.startswith("rest"):
         for module in model.modules():
             if isinstance(module, LoRALinear):
                 module.__class__ = NoProduct
@@ -147,7 +147,7 @@ def checkpointing(arm: str) -> dict[str, Any]:
     """The arguments of torch.utils.checkpoint."""
     if not arm.endswith("-kept"):
         return {"use_reentrant": False}
-    if arm == "qlora_ref-kept":
+    if arm in ("qlora_ref-kept", "rest-kept"):
         return arguments(products=True)
     products = [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default]
     products += [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default]
@@ -156,7 +156,7 @@ def checkpointing(arm: str) -> dict[str, Any]:
     return {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, products)}
 
 
-def prepare(arm: str, name: str) -> tuple[Any, Problem, tuple[float, float]]:
+def prepare(arm: str, name: str) -> tuple[Any, Problem, float]:
     """(a function that makes one optimizer step, the problem without its model, flops of the linear layers)."""
     torch.manual_seed(0)
     problem = {"llama": llama, "demo": demo}[name]()
@@ -207,7 +207,7 @@ def product_rate(dtype: torch.dtype) -> float:
 def run_arm(arm: str, name: str, threads: int, steps: int = 7) -> dict[str, float]:
     """Seconds and page faults of a step (medians), resident bytes before the steps and their peak.
 
-    For `rest` also the floors. Page faults: memory that the C library has given back and must fetch again.
+    For `rest` also the floor. Page faults: memory that the C library has given back and must fetch again.
     """
     torch.set_num_threads(threads)
     step, problem, flops = prepare(arm, name)
@@ -219,9 +219,8 @@ def run_arm(arm: str, name: str, threads: int, steps: int = 7) -> dict[str, floa
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faulted)
     result = {"seconds": sorted(times[1:])[steps // 2], "page_faults": sorted(faults[1:])[steps // 2]}
     result |= {"before_bytes": before, "peak_bytes": resident("VmHWM")}
-    if arm == "rest":
-        rate = peak(threads).get(problem.dtype) or product_rate(problem.dtype)
-        result["floor"], result["floor_kept"] = (result["seconds"] + f / rate for f in flops)
+    if arm.startswith("rest"):
+        result["floor"] = result["seconds"] + flops / (peak(threads).get(problem.dtype) or product_rate(problem.dtype))
     return result
 
 

@@ -31,7 +31,7 @@ def cpu_summary(text: str) -> str:
     lines = [
         f"{about['CPU']}, {threads} threads, {about['variant']}; torch {about['torch']}, bitsandbytes "
         f"{about['bitsandbytes']}; {about['date']}, commit {about['commit']}. Ours with double quantization. "
-        "Products kept under checkpointing: by all, where that is faster ([docs/08](docs/08_kernels.md)).",
+        "Products kept: under checkpointing ([docs/10](docs/10_finetuning.md)).",
         "",
         "| op | out x in | tokens | ours ms | bitsandbytes / ours | bf16 torch / ours | floor / ours |",
         "|---|---|---|---|---|---|---|",
@@ -41,7 +41,7 @@ def cpu_summary(text: str) -> str:
             continue
         times = row["times"]
         ours = times.get("nested kernel", times["nested"])  # kernel against kernel
-        bnb = min((times[k] for k in ("bitsandbytes", "bnb flat", "bitsandbytes-kept") if k in times), default=None)
+        bnb = min((times[k] for k in ("bitsandbytes", "bnb flat") if k in times), default=None)
         ratios = (f"{t / ours:.2f}" if t else "" for t in (bnb, times.get("bf16"), row["floor"]))
         cells = row["op"], row["shape"], str(row["tokens"] or ""), f"{1e3 * ours:.3g}", *ratios
         lines.append("| " + " | ".join(cells) + " |")
