@@ -21,7 +21,7 @@ import json
 import logging
 import os
 import platform
-import random
+import statistics
 import subprocess
 import sys
 import warnings
@@ -40,6 +40,7 @@ from qlora_ref.quantized import QuantConfig, QuantizedTensor
 from qlora_ref.reference.codebook import get_codebook
 from qlora_ref.reference.double_quant import get_map8
 from qlora_ref.testing.timing import Rotation, interleaved
+from step_processes import generation
 
 BF16 = torch.bfloat16
 SHAPES = ((4096, 4096), (4096, 14336))  # (out, in)
@@ -240,37 +241,26 @@ def bench_lora(rows: list[Row], machine: Machine, shape, bnb, threads: int, m: i
                     ">= 1.5x bitsandbytes + PEFT"))  # fmt: skip
 
 
-# --- whole training steps, one process an arm (bench_cpu_steps.py) ----------------------------------------------------
-
-
-def step_arm(arm: str, model: str, threads: int) -> dict | None:
-    script = Path(__file__).with_name("bench_cpu_steps.py")
-    command = [sys.executable, str(script), "--arm", arm, "--model", model, "--threads", str(threads)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        print(f"training step of {arm} failed: {run.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-        return None
-    return json.loads(run.stdout.strip().splitlines()[-1])
+# --- whole training steps, a process an arm (bench_cpu_steps.py, step_processes.py) -----------------------------------
 
 
 def bench_steps(rows: list[Row], peaks: dict, steps: dict) -> None:
-    """Arms take turns, each in fresh processes: peak memory is a property of a process. The demo sets one thread."""
+    """The demo sets one thread."""
     from bench_cpu_steps import ARMS
 
     for model, threads in (("llama", os.cpu_count() or 1), ("demo", 1)):
-        results: dict[str, list[dict]] = {arm: [] for arm in ARMS}
-        for _ in range(5):
-            for arm in random.sample(ARMS, len(ARMS)):
-                if result := step_arm(arm, model, threads):
-                    results[arm].append(result)
-        seconds = {a: sorted(r["seconds"] for r in rs)[len(rs) // 2] for a, rs in results.items() if rs}
+        generations = [generation(ARMS, model, threads, rounds=9) for _ in range(3)]
+        results = {arm: [g[arm] for g in generations if arm in g] for arm in ARMS}
+        seconds = {arm: statistics.median(sum((r["seconds"] for r in rs), [])) for arm, rs in results.items() if rs}
         for op, ours, theirs, target in STEP_ROWS:
             times = {key: seconds[key + theirs] for key in ("bitsandbytes", "bf16", "rest") if key + theirs in seconds}
-            least = min((r["floor"] for r in results["rest" + ours]), default=None)  # undisturbed
             times["nested"] = seconds["qlora_ref" + ours]
-            rows.append(Row(op, model, threads, None, times, least, target))
+            flops = min((r["flop_seconds"] for r in results["rest" + ours]), default=None)
+            floor = flops and seconds["rest" + ours] + flops
+            rows.append(Row(op, model, threads, None, times, floor, target))
         peaks[model] = {arm: max(r["peak_bytes"] for r in rs) for arm, rs in results.items() if rs}
-        steps[model] = {arm: [(r["seconds"], r["page_faults"]) for r in rs] for arm, rs in results.items()}
+        of_process = lambda r: [statistics.median(r[key]) for key in ("seconds", "page_faults")]
+        steps[model] = {arm: [of_process(r) for r in rs] for arm, rs in results.items()}
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
@@ -336,7 +326,8 @@ def markdown(ceilings: dict[int, Machine], info: dict, rows: list[Row], peaks: d
         if rest := medians[model].get("rest"):
             text += [f"Without its linear layers and adapters (`rest`) a step takes {rest * 1e3:.0f} ms."]
         for arm, runs in steps[model].items():
-            text += [f"{arm}, each process: " + ", ".join(f"{s * 1e3:.0f} ms, {n} page faults" for s, n in runs) + "."]
+            medians_of = ", ".join(f"{s * 1e3:.0f} ms, {n:.0f} page faults" for s, n in runs)
+            text += [f"{arm}, medians of each process: {medians_of}."]
     return "\n".join(text) + "\n"
 
 

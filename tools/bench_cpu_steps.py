@@ -21,6 +21,7 @@ import ctypes
 import gc
 import json
 import resource
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -204,24 +205,43 @@ def product_rate(dtype: torch.dtype) -> float:
     return 2 * 256 * 4096 * 2048 / sorted(times)[5]
 
 
-def run_arm(arm: str, name: str, threads: int, steps: int = 7) -> dict[str, float]:
-    """Seconds and page faults of a step (medians), resident bytes before the steps and their peak.
+class Arm:
+    """One arm ready to make steps; the first has been made."""
 
-    For `rest` also the floor. Page faults: memory that the C library has given back and must fetch again.
-    """
-    torch.set_num_threads(threads)
-    step, problem, flops = prepare(arm, name)
-    before, times, faults = reset_peak(), [], []
-    for _ in range(steps + 1):
+    def __init__(self, arm: str, name: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.arm, self.threads = arm, threads
+        self._step, problem, self.flops = prepare(arm, name)
+        self.dtype, self.before = problem.dtype, reset_peak()
+        self._step()
+
+    def step(self) -> dict[str, float]:
+        """Seconds and page faults: memory that the C library has given back and must fetch again."""
         start, faulted = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        step()
-        times.append(time.perf_counter() - start)
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faulted)
-    result = {"seconds": sorted(times[1:])[steps // 2], "page_faults": sorted(faults[1:])[steps // 2]}
-    result |= {"before_bytes": before, "peak_bytes": resident("VmHWM")}
-    if arm.startswith("rest"):
-        result["floor"] = result["seconds"] + flops / (peak(threads).get(problem.dtype) or product_rate(problem.dtype))
-    return result
+        self._step()
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "page_faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faulted}
+
+    def memory(self) -> dict[str, float]:
+        """Resident bytes before the steps and their peak. For `rest` also the seconds of the flops it leaves out."""
+        result = {"before_bytes": self.before, "peak_bytes": resident("VmHWM")}
+        if self.arm.startswith("rest"):
+            result["flop_seconds"] = self.flops / (peak(self.threads).get(self.dtype) or product_rate(self.dtype))
+        return result
+
+
+def run_arm(arm: Arm, steps: int = 7) -> dict[str, float]:
+    """Medians of some steps, and the memory."""
+    made = [arm.step() for _ in range(steps)]
+    return {key: statistics.median(step[key] for step in made) for key in made[0]} | arm.memory()
+
+
+def serve(arm: Arm) -> None:
+    """A step for every line of the input, its numbers as a line of the output (step_processes.py)."""
+    print("{}", flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(arm.step()), flush=True)
+    print(json.dumps(arm.memory()), flush=True)
 
 
 def profile_arm(arm: str, name: str, threads: int) -> str:
@@ -241,11 +261,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", choices=MODELS, default="llama")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--serve", action="store_true", help="a step for every line of the input")
     args = parser.parse_args(argv)
-    if args.profile:
+    if args.serve:
+        serve(Arm(args.arm, args.model, args.threads))
+    elif args.profile:
         print(profile_arm(args.arm, args.model, args.threads))
     else:
-        print(json.dumps(run_arm(args.arm, args.model, args.threads)))
+        print(json.dumps(run_arm(Arm(args.arm, args.model, args.threads))))
     return 0
 
 
