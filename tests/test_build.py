@@ -106,3 +106,12 @@ def test_readme_table_replaces_its_section_only(tmp_path):
     ]
     assert around[0] == around[1] and "| new |" in after and "left out" not in after
     assert "| linear | 8 x 64 | 4 | 2 | 1.25 | 2.00 | 0.50 |\n| training step | demo |  | 2 | 1.25 | 2.00 |  |" in after
+
+
+def test_a_benchmark_leaves_out_an_arm_that_fails(monkeypatch, capsys):
+    """tools/step_processes.py: and it does not wait for it."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    from step_processes import generation
+
+    assert generation(("nonsense",), "demo", 1, rounds=2) == {}
+    assert "training step of nonsense left out: it stopped: " in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.nn.functional import dropout, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from attention_kernels import Kernels
@@ -69,14 +69,8 @@ def test_an_output_changed_in_place_is_not_taken():
     assert kernels.count == 1
 
 
-def test_dropout_is_computed_again():
-    """Here it is no fused kernel. On a GPU it is, and would leave the random generator behind."""
-    block = Block(p=0.25, after=lambda y: dropout(y, 0.5))
-    qkv = inputs()
-    expected, _, _ = run(block, qkv)
-    actual, _, _ = run(lambda *qkv: checkpoint(block, *qkv, **KEEPING), qkv)
-    for a, e in zip(actual, expected, strict=True):
-        assert_bits_equal(a, e)
+def test_with_dropout_nothing_is_kept():
+    """A fused kernel of a GPU would leave the random generator behind. (Here dropout has no fused kernel.)"""
     with keep_products()[0]:
         assert isinstance(checkpointing.attention(0.0), checkpointing.Attention)
         assert not isinstance(checkpointing.attention(0.25), checkpointing.Attention)
@@ -95,31 +89,74 @@ def test_a_second_backward_computes_it():
 
 
 def test_products_and_attention_keep_their_places():
-    """One list for both. The last product is not kept."""
+    """One list for both, in the order of calls. The last product is not kept."""
     first, again = keep_products()
     q, k, v = (t.detach() for t in inputs())
-    with first:
-        first.keep("a", torch.ones(2))
+
+    def calls(run):
+        a = run.product("a", (2,), torch.float32, lambda: torch.ones(2))
+        run.keep("a", a)
         with checkpointing.attention():
-            y = scaled_dot_product_attention(q, k, v)
-        first.keep("b", torch.ones(2))
-    assert [kept.name for kept in first._kept] == ["a", "Attention"]
+            one, two = scaled_dot_product_attention(q, k, v), scaled_dot_product_attention(k, q, v)
+            b = run.product("a", (2,), torch.float32, lambda: torch.zeros(2))
+            run.keep("a", b)
+        c = run.product("a", (2,), torch.float32, lambda: torch.full((2,), 2.0))
+        run.keep("a", c)
+        return a, one, two, b, c
+
+    with first:
+        expected = calls(first)
     with again:
-        assert again.product("a", (2,), torch.float32, lambda: None) is not None
-        with checkpointing.attention():
-            kept = scaled_dot_product_attention(q, k, v)
-        assert kept.data_ptr() == y.data_ptr()
-        assert again.product("b", (2,), torch.float32, lambda: "computed") == "computed"
+        actual = calls(again)
+    taken = [a.data_ptr() == e.data_ptr() for a, e in zip(actual, expected, strict=True)]
+    assert taken == [True, True, True, True, False]
+    for a, e in zip(actual, expected, strict=True):
+        assert_bits_equal(a, e)
 
 
-def test_an_error_within_attention_keeps_nothing():
-    first, _ = keep_products()
+def test_attention_within_attention():
+    """A wrapper around a wrapper: kept once."""
+    first, again = keep_products()
+    qkv = [t.detach() for t in inputs()]
+    for run, kernels in ((first, 1), (again, 0)):
+        with run, Kernels() as seen, checkpointing.attention(), checkpointing.attention():
+            scaled_dot_product_attention(*qkv)
+        assert seen.count == kernels and len(first._kept) == 1
+    assert not first.attending and not again.attending
+
+
+def test_another_kernel_in_the_recomputation():
+    """Its outputs are of another kind. Nothing is taken from there on."""
+    first, again = keep_products()
     q, k, v = (t.detach() for t in inputs())
-    with first:
-        with pytest.raises(RuntimeError, match="on purpose"), checkpointing.attention():
+    with first, checkpointing.attention():
+        scaled_dot_product_attention(q, k, v)
+        scaled_dot_product_attention(q, k, v)
+    with again:
+        assert again.take("aten::_scaled_dot_product_flash_attention", tuple(q.shape), q.dtype) is None
+        with Kernels() as kernels, checkpointing.attention():
             scaled_dot_product_attention(q, k, v)
-            raise RuntimeError("on purpose")
-        assert first._kept == []
+        assert kernels.count == 1
+
+
+def test_outputs_that_are_no_tensors():
+    """The kernels of a GPU give lengths and undefined tensors too."""
+    first, again = keep_products()
+    with first:
+        first.keep("aten::_scaled_dot_product_flash_attention", torch.ones(2), torch.ones(1), None, 17)
+    with again:
+        outputs = again.take("aten::_scaled_dot_product_flash_attention", (2,), torch.float32)
+        assert outputs[2:] == (None, 17)
+
+
+def test_a_change_within_the_context_is_noticed():
+    first, again = keep_products()
+    qkv = [t.detach() for t in inputs()]
+    with first, checkpointing.attention():
+        scaled_dot_product_attention(*qkv).mul_(2)
+    with again, Kernels() as kernels, checkpointing.attention():
+        scaled_dot_product_attention(*qkv)
+    assert kernels.count == 1
 
 
 def test_fake_tensors_are_not_kept():

@@ -441,7 +441,7 @@ def test_t5_batches_are_prompt_and_answer(settings, t5):
     [
         ({"gradient_checkpointing": False}, "activations  kept\n"),
         ({}, "activations  computed again in backward\n"),
-        ({"keep_products": True}, "computed again in backward, outputs of 4-bit layers and attention kept\n"),
+        ({"keep_products": True}, "computed again in backward, 4-bit layers and sdpa attention kept\n"),
     ],
 )
 def test_the_start_says_what_backward_computes_again(settings, flags, text):

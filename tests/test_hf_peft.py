@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_ref import hf
 from qlora_ref.checkpointing import keep_products as keeping
+from qlora_ref.hf.checkpointing import keep_attention
 from qlora_ref.hf.lora import Lora4bit
 from qlora_ref.hf.peft import SIDE_FILE
 from qlora_ref.nn import Linear4bit
@@ -292,11 +293,21 @@ def test_checkpointing_changes_no_gradient(path, keep_products):
     arguments = prepared.model.layers[0]._gradient_checkpointing_func.keywords
     assert arguments.get("context_fn") is (keeping if keep_products else None)
     checkpointed = moved(hf.attach(prepared, r=RANK, lora_alpha=8)).train()
-    with Kernels() as attention:
-        again = gradients(checkpointed)
+    again = gradients(checkpointed)
     assert all(torch.equal(kept[n], again[n]) for n in kept)
+    with Kernels() as attention:
+        gradients(checkpointed)
     layers = len(prepared.model.layers)
     assert attention.count == (layers if keep_products else 2 * layers)
+
+
+def test_the_attention_of_transformers_is_wrapped_once():
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    keep_attention()
+    wrapped = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    keep_attention()
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is wrapped and not hasattr(wrapped.__wrapped__, "__wrapped__")
 
 
 def test_counts_are_the_unpacked_ones(path, capsys):

@@ -252,15 +252,17 @@ def bench_steps(rows: list[Row], peaks: dict, steps: dict) -> None:
         generations = [generation(ARMS, model, threads, rounds=9) for _ in range(3)]
         results = {arm: [g[arm] for g in generations if arm in g] for arm in ARMS}
         seconds = {arm: statistics.median(sum((r["seconds"] for r in rs), [])) for arm, rs in results.items() if rs}
+        of_process = lambda r: [statistics.median(r[key]) for key in ("seconds", "page_faults")]
+        steps[model] = {arm: [of_process(r) for r in rs] for arm, rs in results.items()}
         for op, ours, theirs, target in STEP_ROWS:
+            if "qlora_ref" + ours not in seconds:
+                continue
             times = {key: seconds[key + theirs] for key in ("bitsandbytes", "bf16", "rest") if key + theirs in seconds}
             times["nested"] = seconds["qlora_ref" + ours]
             flops = min((r["flop_seconds"] for r in results["rest" + ours]), default=None)
             floor = flops and seconds["rest" + ours] + flops
             rows.append(Row(op, model, threads, None, times, floor, target))
         peaks[model] = {arm: max(r["peak_bytes"] for r in rs) for arm, rs in results.items() if rs}
-        of_process = lambda r: [statistics.median(r[key]) for key in ("seconds", "page_faults")]
-        steps[model] = {arm: [of_process(r) for r in rs] for arm, rs in results.items()}
 
 
 # --- report ----------------------------------------------------------------------------------------------------------

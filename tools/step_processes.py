@@ -3,11 +3,13 @@
 Peak memory is a property of a process, and processes differ (where their memory lies): several generations are needed.
 """
 
+import contextlib
 import json
 import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -23,11 +25,11 @@ class StepProcess:
         )
 
     def answer(self) -> dict:
-        """Its next line. RuntimeError with its last words if it has stopped."""
+        """Its next line."""
         line = self._process.stdout.readline()
         if not line:
             self._errors.seek(0)
-            raise RuntimeError(f"training step of {self.arm} failed: {self._errors.read().strip().splitlines()[-1:]}")
+            raise RuntimeError(f"it stopped: {self._errors.read().strip().splitlines()[-1:]}")
         return json.loads(line)
 
     def step(self) -> dict:
@@ -38,35 +40,41 @@ class StepProcess:
     def end(self) -> dict:
         """Memory, and the floor of a `rest`."""
         self._process.stdin.close()
-        result = self.answer()
-        self._process.wait()
-        return result
+        return self.answer()
 
     def kill(self) -> None:
+        """And close what it had open."""
         self._process.kill()
-        self._process.wait()
+        with self._errors, contextlib.suppress(OSError), self._process:  # a pipe may hold a line that it never read
+            pass
 
 
 def generation(arms: tuple[str, ...], model: str, threads: int, rounds: int) -> dict[str, dict]:
     """By arm: lists of `seconds` and `page_faults`, and what its process said at the end.
 
-    An arm that cannot run is reported and left out.
+    An arm whose process fails is reported and left out.
     """
-    processes: list[StepProcess] = []
+    processes = {arm: StepProcess(arm, model, threads) for arm in arms}
+    steps: dict[str, list[dict]] = {arm: [] for arm in arms}
+    ends: dict[str, dict] = {}
+
+    def ask(arm: str, question: Callable[[StepProcess], dict]) -> dict:
+        try:
+            return question(processes[arm])
+        except (RuntimeError, OSError, ValueError) as error:
+            print(f"training step of {arm} left out: {error}", file=sys.stderr)
+            processes.pop(arm).kill()
+            return {}
+
     try:
         for arm in arms:
-            process = StepProcess(arm, model, threads)
-            try:
-                process.answer()
-            except RuntimeError as error:
-                print(error, file=sys.stderr)
-                continue
-            processes.append(process)
-        steps: dict[str, list[dict]] = {process.arm: [] for process in processes}
+            ask(arm, StepProcess.answer)
         for _ in range(rounds):
-            for process in random.sample(processes, len(processes)):
-                steps[process.arm].append(process.step())
-        return {p.arm: p.end() | {key: [s[key] for s in steps[p.arm]] for key in steps[p.arm][0]} for p in processes}
+            for arm in random.sample(list(processes), len(processes)):
+                steps[arm].append(ask(arm, StepProcess.step))
+        for arm in list(processes):
+            ends[arm] = ask(arm, StepProcess.end)
     finally:
-        for process in processes:
+        for process in processes.values():
             process.kill()
+    return {arm: ends[arm] | {key: [s[key] for s in steps[arm]] for key in steps[arm][0]} for arm in processes}

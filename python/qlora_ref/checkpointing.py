@@ -12,9 +12,9 @@ layer, about half of all that a Llama block would save without checkpointing. Th
 kept: in most models nothing behind it saves anything, and the recomputation stops before it (autograd.py). Where that
 is not so, it is computed again.
 
-Outputs are recognized by the order of calls, op, shape and dtype, as checkpointing itself recognizes what is saved. One
-that was changed in place meanwhile is computed again. A kernel that writes into it without PyTorch's knowledge is not
-noticed (Liger's rotary embedding does: leave it off here).
+Outputs are recognized by the order of calls, op, shape and dtype, as checkpointing itself recognizes what is saved.
+Where one does not fit, it and all behind it are computed again. So is one that was changed in place meanwhile. A kernel
+that writes into it without PyTorch's knowledge is not noticed (Liger's rotary embedding does: leave it off here).
 """
 
 import threading
@@ -36,6 +36,7 @@ _FUSED = {
         "_scaled_dot_product_cudnn_attention",
     )
 }
+_FUSED_NAMES = {op.name() for op in _FUSED}
 
 
 class _Kept(NamedTuple):
@@ -44,8 +45,18 @@ class _Kept(NamedTuple):
     versions: tuple[int, ...]
 
     def fits(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-        first, changed = self.outputs[0], self.versions != _versions(self.outputs)
-        return (self.name, first.shape, first.dtype) == (name, shape, dtype) and not changed
+        return (self.name, self.outputs[0].shape, self.outputs[0].dtype) == (name, shape, dtype)
+
+    def is_changed(self) -> bool:
+        return self.versions != _versions(self.outputs)
+
+
+def _detached(y: Any) -> Any:
+    """Without the graph, but with the same version counter, which a dispatch mode would else take away."""
+    if not isinstance(y, torch.Tensor):
+        return y
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return y.detach()
 
 
 def _versions(outputs: tuple[Any, ...]) -> tuple[int, ...]:
@@ -57,6 +68,7 @@ class Run:
 
     def __init__(self, kept: list[_Kept | None], again: bool) -> None:
         self._kept, self._again, self._count = kept, again, 0
+        self.attending = False  # whether an Attention is active
 
     def __enter__(self) -> None:
         self._count = 0
@@ -65,7 +77,7 @@ class Run:
     def __exit__(self, *_: Any) -> None:
         _runs.stack.pop()
         last = self._kept[-1] if self._kept and not self._again else None
-        if last is not None and last.name != Attention.__name__:
+        if last is not None and last.name not in _FUSED_NAMES:
             self._kept.pop()
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, ...] | None:
@@ -74,7 +86,12 @@ class Run:
         if not self._again or place >= len(self._kept):
             return None
         kept, self._kept[place] = self._kept[place], None
-        return kept.outputs if kept is not None and kept.fits(name, shape, dtype) else None
+        if kept is None:
+            return None
+        if not kept.fits(name, shape, dtype):  # not what the first run did, so nothing behind can be recognized either
+            self._kept.clear()
+            return None
+        return None if kept.is_changed() else kept.outputs
 
     def product(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, compute: Callable[[], torch.Tensor]
@@ -86,8 +103,7 @@ class Run:
     def keep(self, name: str, *outputs: Any) -> None:
         """If this is the first run. `outputs` are what the model gets."""
         if not self._again:
-            detached = tuple(y.detach() if isinstance(y, torch.Tensor) else y for y in outputs)
-            self._kept.append(_Kept(name, detached, _versions(outputs)))
+            self._kept.append(_Kept(name, tuple(map(_detached, outputs)), _versions(outputs)))
 
 
 class Attention(TorchDispatchMode):
@@ -96,23 +112,24 @@ class Attention(TorchDispatchMode):
     def __init__(self, run: Run) -> None:
         super().__init__()
         self._run = run
-        self._computed: list[tuple[Any, ...]] = []
+
+    def __enter__(self):
+        self._run.attending = True
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._run.attending = False
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func not in _FUSED or types:  # types: fake tensors and the like
             return func(*args, **(kwargs or {}))
-        query, _, value = args[:3]
-        outputs = self._run.take(Attention.__name__, (*query.shape[:-1], value.shape[-1]), query.dtype)
+        (query, _, value), name = args[:3], func.name()
+        outputs = self._run.take(name, (*query.shape[:-1], value.shape[-1]), query.dtype)
         if outputs is None:
             outputs = func(*args, **(kwargs or {}))
-            self._computed.append(outputs)
+            self._run.keep(name, *outputs)
         return outputs
-
-    def __exit__(self, failed, *error):
-        super().__exit__(failed, *error)
-        if failed is None:  # out here, where a detached tensor shares the version counter
-            for outputs in self._computed:
-                self._run.keep(Attention.__name__, *outputs)
 
 
 class _Runs(threading.local):
@@ -131,10 +148,11 @@ def current() -> Run | None:
 def attention(dropout: float = 0.0) -> AbstractContextManager:
     """A context for scaled_dot_product_attention, whose output and log-sum-exp are then kept too.
 
-    Without dropout only: a recomputation that skips a kernel would leave the random generator where it was.
+    Without dropout only: a recomputation that skips a kernel would leave the random generator where it was. Within
+    another such context this one does nothing.
     """
     run = current()
-    return nullcontext() if run is None or dropout else Attention(run)
+    return nullcontext() if run is None or run.attending or dropout else Attention(run)
 
 
 def keep_products() -> tuple[Run, Run]:

@@ -129,7 +129,7 @@ def startup(config: TrainConfig, trainer: Trainer, dtype: torch.dtype, notes: li
     name = str(dtype).removeprefix("torch.")
     per_step = f"{config.batch_size} x {config.grad_accum}"
     activations = "kept" if not config.gradient_checkpointing else (
-        "computed again in backward" + (", outputs of 4-bit layers and attention kept" if config.keep_products else "")
+        "computed again in backward" + (", 4-bit layers and sdpa attention kept" if config.keep_products else "")
     )  # fmt: skip
     rows = [
         (

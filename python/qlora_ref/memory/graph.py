@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from .. import checkpointing, ops
-from ..hf.checkpointing import arguments
 from ..nn import attach_lora, quantize_model
 from ..quantized import QuantConfig
 from .architecture import Architecture
@@ -121,6 +120,8 @@ def build(
     )
     model.train()
     if settings.checkpointing:
+        from ..hf.checkpointing import arguments
+
         model.activation_checkpointing_enable(arguments(settings.keep_products))
     return Graph(model, list(model.model.layers), model.lm_head, architecture)
 
