@@ -5,7 +5,7 @@
     python tools/bench.py --device cpu --output docs/results writes bench_cpu.json and bench_cpu.md there
     python tools/bench.py --device cpu --steps               also whole training steps, of a 110M-parameter Llama
                                                              and of the demo, with peak memory, a process an arm
-    python tools/bench.py --device cpu --only-steps          nothing else (about 8 minutes)
+    python tools/bench.py --device cpu --only-steps          nothing else (about 11 minutes)
 
 How it measures. Alternatives take turns, in random order, and the median counts (testing/timing.py). Weights rotate
 through copies that together exceed twice the last-level cache, except where a row says "cached". A floor is what the
