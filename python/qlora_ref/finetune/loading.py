@@ -205,15 +205,13 @@ def set_checkpointing(model: Any, on: bool, products: bool = False) -> None:
 
     `products`: keep the outputs of 4-bit layers and of attention (checkpointing.py).
     """
-    from ..hf.checkpointing import arguments
+    from ..hf.checkpointing import enable
 
     if not on:
         off = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
         off()
         return
-    # the second name: transformers before the renaming
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(arguments(products))
+    enable(model, products)
 
 
 def keeps_products(model: Any) -> bool:

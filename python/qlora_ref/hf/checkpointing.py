@@ -10,8 +10,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .. import checkpointing
 
 
+def enable(model: Any, products: bool = False) -> None:
+    """Switch it on, with these `arguments`."""
+    # the second name: transformers before the renaming
+    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    switch(arguments(products))
+
+
 def arguments(products: bool = False) -> dict[str, Any]:
-    """For model.gradient_checkpointing_enable: the non-reentrant kind (the other loses gradients of frozen inputs).
+    """What a model's own method takes: the non-reentrant kind (the other loses gradients of frozen inputs).
 
     `products`: keep the outputs of 4-bit layers and of attention (qlora_ref/checkpointing.py).
     """

@@ -68,7 +68,7 @@ def prepare_model(
                 p.data = p.data.float()
     if gradient_checkpointing:
         model.config.use_cache = False
-        model.gradient_checkpointing_enable(checkpointing.arguments(keep_products))
+        checkpointing.enable(model, keep_products)
     return model
 
 

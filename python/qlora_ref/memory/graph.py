@@ -120,9 +120,9 @@ def build(
     )
     model.train()
     if settings.checkpointing:
-        from ..hf.checkpointing import arguments
+        from ..hf.checkpointing import enable
 
-        model.activation_checkpointing_enable(arguments(settings.keep_products))
+        enable(model, settings.keep_products)
     return Graph(model, list(model.model.layers), model.lm_head, architecture)
 
 
