@@ -330,7 +330,7 @@ def markdown(ceilings: dict[int, Machine], info: dict, rows: list[Row], peaks: d
     for model, of_arm in peaks.items():
         shown = ", ".join(f"{arm} {nbytes / 2**20:.0f} MiB" for arm, nbytes in of_arm.items())
         text += ["", f"Training step, {model}: peak resident memory of the steps {shown}."]
-        if rest := medians[model].get("rest"):
+        if rest := medians.get(model, {}).get("rest"):
             text += [f"Without its linear layers and adapters (`rest`) a step takes {rest * 1e3:.0f} ms."]
         for arm, runs in steps[model].items():
             medians_of = ", ".join(f"{s * 1e3:.0f} ms, {n:.0f} page faults" for s, n in runs)

@@ -205,13 +205,12 @@ def set_checkpointing(model: Any, on: bool, products: bool = False) -> None:
 
     `products`: keep the outputs of 4-bit layers and of attention (checkpointing.py).
     """
-    from ..hf.checkpointing import enable
+    from ..hf.checkpointing import disable, enable
 
-    if not on:
-        off = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
-        off()
-        return
-    enable(model, products)
+    if on:
+        enable(model, products)
+    else:
+        disable(model)
 
 
 def keeps_products(model: Any) -> bool:

@@ -1,6 +1,7 @@
 """Checkpointing of transformers' models: its arguments, and attention that can be kept."""
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,11 +11,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .. import checkpointing
 
 
+# the second name: transformers before the renaming
 def enable(model: Any, products: bool = False) -> None:
     """Switch it on, with these `arguments`."""
-    # the second name: transformers before the renaming
     switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     switch(arguments(products))
+
+
+def disable(model: Any) -> None:
+    switch = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    switch()
 
 
 def arguments(products: bool = False) -> dict[str, Any]:
@@ -39,9 +45,7 @@ def keep_attention() -> None:
 
     @functools.wraps(inner)
     def sdpa(module, query, key, value, attention_mask, dropout=0.0, **more):
-        if torch.compiler.is_compiling():
-            return inner(module, query, key, value, attention_mask, dropout=dropout, **more)
-        with checkpointing.attention(dropout):
+        with nullcontext() if torch.compiler.is_compiling() else checkpointing.attention(dropout):
             return inner(module, query, key, value, attention_mask, dropout=dropout, **more)
 
     sdpa.keeps = True  # type: ignore[attr-defined]
