@@ -132,7 +132,7 @@ def test_accumulation_equals_one_large_batch(settings, tmp_path):
 def test_the_loss_is_the_formula(settings):
     """Against plain log-softmax over the full logits, mask by hand."""
     trainer = run.prepare(settings).trainer
-    batch = trainer._batches()[0]
+    batch = trainer.batches()[0]
     from qlora_ref.finetune.loss import summed_loss
 
     loss, count = summed_loss(trainer.model, batch)
@@ -150,7 +150,7 @@ def test_chunked_logits_are_the_same_loss_and_gradient(settings, monkeypatch):
     from qlora_ref.finetune import loss as module
 
     trainer = run.prepare(settings.replace(batch_size=4)).trainer
-    batch, results = trainer._batches()[0], []
+    batch, results = trainer.batches()[0], []
     for chunk in (10**9, 7):
         monkeypatch.setattr(module, "CHUNK", chunk)
         loss, count = module.summed_loss(trainer.model, batch)
@@ -419,7 +419,7 @@ def test_t5_learns_and_is_served_as_trained(settings, t5, quant_type, tmp_path):
     )
     engine = make_engine([], [str(tmp_path / "run")], quant_type, "auto", "cpu", "fp32")
     engine.use("run")
-    batch = prepared.trainer._batches()[0]
+    batch = prepared.trainer.batches()[0]
     with torch.no_grad():
         assert torch.equal(engine.model(**batch).logits, prepared.trainer.model.eval()(**batch).logits)
 
@@ -427,7 +427,7 @@ def test_t5_learns_and_is_served_as_trained(settings, t5, quant_type, tmp_path):
 def test_t5_batches_are_prompt_and_answer(settings, t5):
     trainer = run.prepare(settings.replace(model=t5, template="plain", batch_size=1)).trainer
     (row,) = trainer.plan.step(0)[0]
-    batch = trainer._batches()[0]
+    batch = trainer.batches()[0]
     tokens, answer = trainer.data[row[0]]
     start = answer.index(1)
     assert batch["input_ids"][0].tolist() == tokens[:start].tolist() and tokens[start - 1] == 2  # the encoder's EOS

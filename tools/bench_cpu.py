@@ -50,6 +50,7 @@ STEP_ROWS = (  # op, arm of ours, arms of the others (bench_cpu_steps.py)
     ("training step", "", "", ">= 1.5x bitsandbytes + PEFT"),
     ("training step, products kept by all", "-kept", "-kept", ">= 1.5x bitsandbytes + PEFT"),
     ("training step, products kept by ours", "-kept", "", ">= 1.5x bitsandbytes + PEFT"),
+    ("training step of `qlora-ref demo`", "-demo", "", ">= 1.5x bitsandbytes + PEFT"),
 )
 BNB = ("bitsandbytes", "bnb flat")  # alternatives of a row; the fastest counts
 FLAT, NESTED = QuantConfig(double_quant=False), QuantConfig()
@@ -251,11 +252,11 @@ def bench_lora(rows: list[Row], machine: Machine, shape, bnb, threads: int, m: i
 
 def bench_steps(rows: list[Row], peaks: dict, steps: dict) -> None:
     """The demo sets one thread."""
-    from bench_cpu_steps import ARMS
+    from bench_cpu_steps import MODELS
 
     for model, threads in (("llama", os.cpu_count() or 1), ("demo", 1)):
-        generations = [generation(ARMS, model, threads, rounds=9) for _ in range(3)]
-        results = {arm: [g[arm] for g in generations if arm in g] for arm in ARMS}
+        generations = [generation(MODELS[model], model, threads, rounds=9) for _ in range(3)]
+        results = {arm: [g[arm] for g in generations if arm in g] for arm in MODELS[model]}
         seconds = {arm: statistics.median(sum((r["seconds"] for r in rs), [])) for arm, rs in results.items() if rs}
         of_process = lambda r: [statistics.median(r[key]) for key in ("seconds", "page_faults")]
         steps[model] = {arm: [of_process(r) for r in rs] for arm, rs in results.items()}

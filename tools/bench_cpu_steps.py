@@ -5,7 +5,8 @@
     python tools/bench.py --device cpu --steps                                     all arms by turns (bench_cpu.py)
 
 Models: `llama`, 110M parameters, 1 x 256 tokens, bf16; `demo`, the embedded model with the settings and the first
-batches of `qlora-ref demo`, float32. LoRA of rank 16 on every linear layer, gradient checkpointing, torch's AdamW.
+batches of `qlora-ref demo`, float32. LoRA of rank 16 on every linear layer, gradient checkpointing, torch's fused AdamW
+(what transformers' Trainer takes).
 
 Arms: `qlora_ref`, `bitsandbytes` (with PEFT), `bf16` (our adapters on plain nn.Linear in the model's dtype), and
 `rest`: the linear layers and their adapters give zeros at once, everything else runs. `floor` is its time plus the
@@ -14,15 +15,20 @@ rate of torch's own large product): no implementation of the 4-bit layer can be 
 
 "kept" arms: checkpointing keeps the outputs of products and of attention. Ours by keep_products (checkpointing.py), the
 others by what torch has for it, selective checkpointing. The floor of `rest-kept` has no flops of recomputed products.
+
+`qlora_ref-demo` is the step that `qlora-ref demo` really makes (finetune/loop.py): products kept, only labelled
+positions through the output layer, gradients clipped, paged AdamW. `rest-demo` is that without linear layers.
 """
 
 import argparse
 import ctypes
 import gc
 import json
+import os
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +48,7 @@ from qlora_ref.hf.checkpointing import arguments
 from qlora_ref.nn import LoRALinear, attach_lora, quantize_model
 
 ARMS = tuple(arm + kept for arm in ("qlora_ref", "bitsandbytes", "bf16", "rest") for kept in ("", "-kept"))
-MODELS = ("llama", "demo")
+MODELS = {"llama": ARMS, "demo": (*ARMS, "qlora_ref-demo", "rest-demo")}
 RANK, ALPHA = 16, 32  # also the demo's
 
 
@@ -68,22 +74,20 @@ def llama() -> Problem:
     return Problem(model, torch.bfloat16, [{"input_ids": ids, "labels": ids}])
 
 
+def demo_trainer() -> Any:
+    """The loop of `qlora-ref demo` before its first step."""
+    from qlora_ref.finetune.demo_cli import configuration
+    from qlora_ref.finetune.run import prepare
+
+    return prepare(configuration(f"{tempfile.gettempdir()}/unwritten-{os.getpid()}", "cpu")).trainer
+
+
 def demo() -> Problem:
     """What `qlora-ref demo` trains on in its first step."""
-    from qlora_ref.data import stdlib_qa_path, tiny_base_path
-    from qlora_ref.finetune.batches import Plan, collate
-    from qlora_ref.finetune.config import TrainConfig
-    from qlora_ref.finetune.demo_cli import SETTINGS
-    from qlora_ref.finetune.encode import find_format, load_dataset
-    from qlora_ref.finetune.loading import load_base, load_tokenizer, pad_id
+    from qlora_ref.finetune.loading import load_base
 
-    path = str(tiny_base_path())
-    config = TrainConfig(model=path, data=str(stdlib_qa_path("train")), format="alpaca", max_steps=60, **SETTINGS)
-    tokenizer, form = load_tokenizer(path), find_format(config.data, config.format)
-    data = load_dataset(config.data, form, form.template, tokenizer, config, False)
-    micro = Plan(data, range(len(data)), config).step(0)
-    batches = [collate(data, rows, pad_id(tokenizer)) for rows in micro]
-    return Problem(load_base(path, torch.float32), torch.float32, batches)
+    trainer = demo_trainer()
+    return Problem(load_base(trainer.config.model, torch.float32), torch.float32, trainer.batches())
 
 
 class _Zeros(torch.autograd.Function):
@@ -126,10 +130,14 @@ def adapt(problem: Problem, arm: str) -> tuple[Any, float]:
         quantize_model(model)
     attach_lora(model, RANK, ALPHA)
     if arm.startswith("rest"):
-        for module in model.modules():
-            if isinstance(module, LoRALinear):
-                module.__class__ = NoProduct
+        leave_out_products(model)
     return model, flops
+
+
+def leave_out_products(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.__class__ = NoProduct
 
 
 def _with_bitsandbytes(model, linears, dtype):
@@ -157,9 +165,26 @@ def checkpointing(arm: str) -> dict[str, Any]:
     return {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, products)}
 
 
+def prepare_demo(arm: str) -> tuple[Any, Problem, float]:
+    """As `prepare`: the first step of `qlora-ref demo`, again and again."""
+    trainer = demo_trainer()
+    problem = Problem(None, torch.float32, trainer.batches())
+    layers = [(p, m.base_layer) for p, m in trainer.model.named_modules() if isinstance(m, LoRALinear)]
+    if arm.startswith("rest"):
+        leave_out_products(trainer.model)
+
+    def step():
+        trainer.step = 0
+        trainer.train_step()
+
+    return step, problem, layer_flops(layers, problem.tokens(), trainer.config.keep_products)
+
+
 def prepare(arm: str, name: str) -> tuple[Any, Problem, float]:
     """(a function that makes one optimizer step, the problem without its model, flops of the linear layers)."""
     torch.manual_seed(0)
+    if arm.endswith("-demo"):
+        return prepare_demo(arm)
     problem = {"llama": llama, "demo": demo}[name]()
     model, flops = adapt(problem, arm)
     problem.model = None
@@ -168,7 +193,7 @@ def prepare(arm: str, name: str) -> tuple[Any, Problem, float]:
     base.enable_input_require_grads()
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing(arm))
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
     def step():
         for batch in problem.batches:
@@ -257,7 +282,7 @@ def profile_arm(arm: str, name: str, threads: int) -> str:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arm", choices=ARMS, required=True)
+    parser.add_argument("--arm", choices=MODELS["demo"], required=True)
     parser.add_argument("--model", choices=MODELS, default="llama")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--profile", action="store_true")

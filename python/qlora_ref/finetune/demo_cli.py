@@ -56,25 +56,28 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # products of this size are too small to share; beside other work two threads wait
+    config = configuration(str(free_folder(Path(args.output))), args.device, args.steps, args.seed)
+    demo(config)
+    return 0
+
+
+def configuration(output: str, device: str = "auto", steps: int = 60, seed: int = 0) -> TrainConfig:
+    """Of the 4-bit arm. UserError if the package came without its model or data."""
     from ..data import stdlib_qa_path, tiny_base_path
 
     try:
         model, train, heldout = tiny_base_path(), stdlib_qa_path("train"), stdlib_qa_path("heldout")
     except FileNotFoundError as error:
         raise UserError(str(error)) from None
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # products of this size are too small to share; beside other work two threads wait
-    output = free_folder(Path(args.output))
-    on_cpu = args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available())
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     # the moments of both arms take 2 MB: on the CPU the reference pager moves them through a pool of half that
     paging: dict[str, Any] = dict(paging="cpu", pool_mib=1) if on_cpu else {}
-    config = TrainConfig(
-        model=str(model), data=str(train), eval_data=str(heldout), output=str(output), format="alpaca",
-        max_steps=args.steps, eval_steps=max(1, args.steps // 4), seed=args.seed, device=args.device,
-        **paging, **SETTINGS,
+    return TrainConfig(
+        model=str(model), data=str(train), eval_data=str(heldout), output=output, format="alpaca",
+        max_steps=steps, eval_steps=max(1, steps // 4), seed=seed, device=device, **paging, **SETTINGS,
     )  # fmt: skip
-    demo(config)
-    return 0
 
 
 def free_folder(folder: Path) -> Path:

@@ -118,7 +118,8 @@ class Trainer:
 
     # --- one step --------------------------------------------------------------------------------------------------
 
-    def _batches(self) -> list[dict[str, Any]]:
+    def batches(self) -> list[dict[str, Any]]:
+        """The micro-batches of the step in hand."""
         return [collate(self.data, rows, self.pad, self.device) for rows in self.plan.step(self.step)]
 
     def train_step(self) -> dict[str, Any]:
@@ -128,7 +129,7 @@ class Trainer:
         """
         c, start = self.config, time.perf_counter()
         torch.manual_seed(c.seed * 1_000_003 + self.step)  # dropout
-        batches = self._batches()
+        batches = self.batches()
         labelled = sum(int((b["labels"] != IGNORE).sum()) for b in batches)
         total = torch.zeros((), device=self.device)
         for batch in batches:
