@@ -42,7 +42,8 @@ ALLOWED = {
     "cpu_linear.py": set(),
     "cuda_linear.py": set(),
     "quantized.py": {"reference", "ops.py", "direct.py"},
-    "nn.py": {"reference", "ops.py", "direct.py", "quantized.py"},
+    "bound_lora.py": {"autograd.py", "checkpointing.py", "native.py", "arguments.py", "direct.py", "gradients.py"},
+    "nn.py": {"reference", "ops.py", "direct.py", "bound_lora.py", "quantized.py"},
 }
 
 

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
-from qlora_ref import checkpointing, native
+from qlora_ref import bound_lora, checkpointing, native
 from qlora_ref.checkpointing import keep_products
 from qlora_ref.nn import Linear4bit, LoRALinear
 from qlora_ref.testing.compare import assert_bits_equal
@@ -43,10 +43,14 @@ class Block(torch.nn.Module):
         return torch.autograd.grad(y.sum(), [x, *(p for p in self.parameters() if p.requires_grad)], **options)
 
 
-@pytest.fixture
-def products(monkeypatch):
+@pytest.fixture(params=["short way", "long way"])
+def products(monkeypatch, request):
     """Features (in, out) of every product that is computed."""
-    seen = []
+    seen, product = [], bound_lora.product
+    spy = lambda bound, x, struct, y: seen.append((x.shape[-1], y.shape[-1])) or product(bound, x, struct, y)
+    monkeypatch.setattr(bound_lora, "product", spy)
+    if request.param == "long way":
+        monkeypatch.setattr(bound_lora, "lora_linear", lambda *_: None)
     for name in ("linear_4bit_forward", "lora_linear_4bit"):
         method = getattr(native.cpu, name)
         spy = lambda x, *args, method=method: seen.append((x.shape[-1], args[8])) or method(x, *args)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from qlora_ref import cpu_linear, native, ops
+from qlora_ref import bound_lora, cpu_linear, native, ops
 from qlora_ref.arguments import DTYPE
 from qlora_ref.nn import Linear4bit, LoRALinear
 from qlora_ref.quantized import QuantConfig, QuantizedTensor
@@ -349,13 +349,18 @@ class TwoLayers(torch.nn.Module):
         return x + self.last(torch.nn.functional.silu(self.first(x)))
 
 
-def test_recomputation_stops_before_the_last_product(monkeypatch):
+@pytest.mark.parametrize("short", [True, False], ids=["short way", "long way"])
+def test_recomputation_stops_before_the_last_product(monkeypatch, short):
     """Two layers are two products forward and one again, not two; the gradients are those without checkpointing."""
     model, x = TwoLayers(), torch.randn(140, 64, requires_grad=True)
     leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
     expected = torch.autograd.grad(model(x).sum(), leaves)
-    calls, forward = [], native.cpu.lora_linear_4bit
-    monkeypatch.setattr(native.cpu, "lora_linear_4bit", lambda x, *a: calls.append(x.shape) or forward(x, *a))
+    calls, forward, product = [], native.cpu.lora_linear_4bit, bound_lora.product
+    if short:
+        monkeypatch.setattr(bound_lora, "product", lambda b, x, *a: calls.append(x.shape) or product(b, x, *a))
+    else:
+        monkeypatch.setattr(bound_lora, "lora_linear", lambda *_: None)
+        monkeypatch.setattr(native.cpu, "lora_linear_4bit", lambda x, *a: calls.append(x.shape) or forward(x, *a))
     y = checkpoint(model, x, use_reentrant=False)
     assert calls == [(140, 64), (140, 96)]
     actual = torch.autograd.grad(y.sum(), leaves)

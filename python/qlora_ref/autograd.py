@@ -75,7 +75,7 @@ def register(
         return y
 
     def record(compute, *args):
-        y = apply(*args, lambda: _hollow(args[0], output_shape(*args)))  # a recomputation stops in here
+        y = apply(*args, lambda: hollow(args[0], output_shape(*args)))  # a recomputation stops in here
         run = checkpointing.current()
         with torch._C._AutoDispatchBelowAutograd():
             y.data = compute(*args) if run is None else run.product(name, y.shape, y.dtype, lambda: compute(*args))
@@ -140,6 +140,6 @@ def unpack(args: tuple) -> tuple[list, list]:
     return [primal for primal, _ in pairs], [tangent for _, tangent in pairs]
 
 
-def _hollow(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def hollow(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """A tensor of this shape on the storage of one element."""
     return like.new_empty_strided(shape, (0,) * len(shape))

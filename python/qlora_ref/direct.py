@@ -58,31 +58,37 @@ class BoundLinear:
 
     def __init__(self) -> None:
         self._tensors: list[tuple[Callable[[], Any], int]] = []  # weak reference, address
-        self._weight: Any = None  # _C's
-        self._tables: tuple = ()  # which _weight points at
-        self._bias: tuple[int, torch.dtype | None] = 0, None  # address
+        self.weight: Any = None  # _C's
+        self.tables: tuple = ()  # which `weight` points at
+        self.bias = 0  # address
+        self._bias_dtype: torch.dtype | None = None
 
     def __call__(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
-        if not x.is_cpu or type(x) is not torch.Tensor or x.requires_grad or _is_watched():
+        if not x.is_cpu or type(x) is not torch.Tensor or x.requires_grad or is_watched():
             return None
-        if not (self._is_current(layer._parameters) or self._bind(layer)):
+        shape, dtype = x.shape, x.dtype
+        if not (self.is_current(layer) and self.takes(layer, dtype)):
             return None
-        shape, dtype, (bias, bias_dtype) = x.shape, x.dtype, self._bias
-        code = DTYPE.get(dtype)
-        if code is None or not shape or shape[-1] != layer.in_features or not x.is_contiguous():
+        if not shape or shape[-1] != layer.in_features or not x.is_contiguous():
             return None
         tokens = shape.numel() // layer.in_features
-        if bias_dtype not in (None, dtype) or layer.compute_dtype not in (None, dtype):
-            return None
         try:
             address = x.data_ptr()
         except RuntimeError:  # a wrapper of torch.func's, around a tensor that it follows
             return None
         y = x.new_empty((*shape[:-1], layer.out_features))
-        threads = torch.get_num_threads()
-        return y if self._weight.linear_4bit_forward(address, code, tokens, bias, y.data_ptr(), threads) else None
+        arguments = address, DTYPE[dtype], tokens, self.bias, y.data_ptr(), torch.get_num_threads()
+        return y if self.weight.linear_4bit_forward(*arguments) else None
 
-    def _is_current(self, parameters: dict[str, Any]) -> bool:
+    def is_current(self, layer: Any) -> bool:
+        """Whether `weight` and `bias` are those of the layer, now bound if need be and possible."""
+        return self._is_bound(layer._parameters) or self._bind(layer)
+
+    def takes(self, layer: Any, dtype: torch.dtype) -> bool:
+        """Whether an input of this dtype is one that is not cast."""
+        return dtype in DTYPE and self._bias_dtype in (None, dtype) and layer.compute_dtype in (None, dtype)
+
+    def _is_bound(self, parameters: dict[str, Any]) -> bool:
         if len(self._tensors) != len(parameters):
             return False
         for (tensor, address), now in zip(self._tensors, parameters.values(), strict=True):
@@ -100,8 +106,8 @@ class BoundLinear:
             return False
         if bias is not None and bias.numel() != layer.out_features:
             return False  # refused elsewhere, in a sentence
-        self._weight, self._tables = _native_weight(layer.op_args(), layer.out_features, layer.in_features)
-        self._bias = (0, None) if bias is None else (bias.data_ptr(), bias.dtype)
+        self.weight, self.tables = _native_weight(layer.op_args(), layer.out_features, layer.in_features)
+        self.bias, self._bias_dtype = (0, None) if bias is None else (bias.data_ptr(), bias.dtype)
         self._tensors = [((lambda: None), 0) if t is None else (weakref.ref(t), t.data_ptr()) for t in tensors]
         return True
 
@@ -125,7 +131,7 @@ class BoundDecoder:
         self._tables: tuple = ()  # which _weight points at
 
     def __call__(self, q: Any, out: torch.Tensor) -> bool:
-        if torch.compiler.is_compiling() or not (out.is_cpu and autograd.is_plain(out)) or _is_watched():
+        if torch.compiler.is_compiling() or not (out.is_cpu and autograd.is_plain(out)) or is_watched():
             return False
         dtype = DTYPE.get(out.dtype)
         if dtype is None or not out.dim() or not out.is_contiguous():
@@ -173,6 +179,6 @@ def _is_ordinary(tensor: torch.Tensor) -> bool:
     return type(tensor) is torch.nn.Parameter and tensor.is_cpu and tensor.is_contiguous() and not tensor.requires_grad
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """By a tracer, a mode that follows operations, autocast, forward-mode derivatives or a profiler."""
     return _is_followed() or _len_torch_dispatch_stack() != 0 or _is_any_autocast_enabled()

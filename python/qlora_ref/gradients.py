@@ -13,6 +13,10 @@ from torch.autograd.forward_ad import make_dual, unpack_dual
 from . import autograd
 from .direct import direct
 
+MODIFIED = (
+    "the packed weight or the adapter of lora_linear_4bit was modified in place between forward and backward, so its "
+    "gradient would be wrong; change weights after backward()"
+)
 WEIGHT_ARGS = 8  # packed, absmax, nested_absmax, absmax_mean, quant_type, block_size, map8, nested_block_size
 
 
@@ -54,10 +58,7 @@ def _save_lora_linear(ctx, inputs):
 def _lora_linear_backward(ctx, dy):
     x, lora_A, lora_B = ctx.saved_tensors
     if _versions(ctx.weight) != ctx.versions:
-        raise RuntimeError(
-            "the packed weight of lora_linear_4bit was modified in place between forward and backward, so its gradient "
-            "would be wrong; change weights after backward()"
-        )
+        raise RuntimeError(MODIFIED)
     need_dx = ctx.needs_input_grad[0]
     lora_backward = _direct("lora_linear_4bit_backward")
     dx, dA, dB = lora_backward(dy, x, *ctx.weight, lora_A, lora_B, ctx.scaling, need_dx)

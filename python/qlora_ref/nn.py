@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import ops
+from . import bound_lora, ops
 from .direct import BoundLinear
 from .quantized import QuantConfig, QuantizedTensor
 from .reference import lora as ref_lora
@@ -147,6 +147,18 @@ class Linear4bit(nn.Linear):
         y = ops.linear_4bit(x_c, *self.op_args(), self.out_features, self.cast_bias(x_c.dtype))
         return y if self.compute_dtype is None else y.to(x.dtype)
 
+    def with_adapter(
+        self, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """y + scaling (x A^T) B^T in one op; lora_A (rank, in), lora_B (out, rank)."""
+        if not torch.compiler.is_dynamo_compiling() and x.is_cpu:
+            if (y := bound_lora.lora_linear(self, x, lora_A, lora_B, scaling)) is not None:
+                return y
+        x_c = self.cast_input(x)
+        bias = self.cast_bias(x_c.dtype)
+        y = ops.lora_linear_4bit(x_c, *self.op_args(), self.out_features, bias, lora_A, lora_B, scaling)
+        return y if self.compute_dtype is None else y.to(x.dtype)
+
     def extra_repr(self) -> str:
         c = self.config
         nested = f", double_quant={c.map8}/{c.nested_block_size}" if c.double_quant else ""
@@ -191,12 +203,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         base = self.base_layer
         if isinstance(base, Linear4bit) and not (self.training and self.dropout.p > 0):
-            x_c = base.cast_input(x)
-            y = ops.lora_linear_4bit(
-                *(x_c, *base.op_args(), base.out_features, base.cast_bias(x_c.dtype)),
-                *(self.lora_A, self.lora_B, self.scaling),
-            )
-            return y if base.compute_dtype is None else y.to(x.dtype)
+            return base.with_adapter(x, self.lora_A, self.lora_B, self.scaling)
         y = base(x)
         branch = self.dropout(x).to(y.dtype)
         branch = nn.functional.linear(branch, self.lora_A.to(y.dtype))

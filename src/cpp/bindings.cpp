@@ -154,10 +154,26 @@ void bind_cpu(py::module_ m) {
                                  pointer<void>(y));
              return true;
            })
-      .def("dequantize_4bit", [](const Weight& w, Address out, int dtype, int64_t row_stride, int threads) {
+      .def("dequantize_4bit",
+           [](const Weight& w, Address out, int dtype, int64_t row_stride, int threads) {
+             py::gil_scoped_release release;
+             set_num_threads(threads);
+             dequantize_4bit(w.weight, w.codebook, pointer<void>(out), DType(dtype), row_stride);
+           })
+      .def("lora_linear_4bit_forward",
+           [](const Weight& w, Address x, int dtype, int64_t tokens, Address bias, LORA_PARAMETERS, Address y,
+              int threads) {
+             py::gil_scoped_release release;
+             set_num_threads(threads);
+             lora_linear_4bit_forward(pointer<void>(x), DType(dtype), tokens, w.weight, w.codebook, pointer<void>(bias),
+                                      LORA, pointer<void>(y));
+           })
+      .def("lora_linear_4bit_backward", [](const Weight& w, Address dy, Address x, int dtype, int64_t tokens,
+                                           LORA_PARAMETERS, Address dA, Address dB, Address dx, int threads) {
         py::gil_scoped_release release;
         set_num_threads(threads);
-        dequantize_4bit(w.weight, w.codebook, pointer<void>(out), DType(dtype), row_stride);
+        lora_linear_4bit_backward(pointer<void>(dy), pointer<void>(x), DType(dtype), tokens, w.weight, w.codebook, LORA,
+                                  {pointer<void>(dA), pointer<void>(dB), pointer<void>(dx)});
       });
   m.def("advise_huge_pages", [](Address memory, int64_t bytes) { advise_huge_pages(pointer<void>(memory), bytes); });
   m.def("can_linear_4bit_forward", [](int dtype, int64_t tokens, int64_t cols, int64_t block_size) {

@@ -13,7 +13,6 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from .. import ops
 from ..nn import Linear4bit
 from ..quantized import QuantizedTensor
 
@@ -91,13 +90,8 @@ class Lora4bit(PeftLinear):
         name = None if args else self._fusable(kwargs)
         if name is None:
             return super().forward(x, *args, **kwargs)
-        base = self.base_layer
-        x_c = base.cast_input(x)
-        y = ops.lora_linear_4bit(
-            *(x_c, *base.op_args(), base.out_features, base.cast_bias(x_c.dtype)),
-            *(self.lora_A[name].weight, self.lora_B[name].weight, float(self.scaling[name])),
-        )
-        return y.to(x.dtype)
+        lora_A, lora_B = self.lora_A[name].weight, self.lora_B[name].weight
+        return self.base_layer.with_adapter(x, lora_A, lora_B, float(self.scaling[name])).to(x.dtype)
 
     def merged_weight(self, weight: torch.Tensor, names: list[str] | None = None) -> torch.Tensor:
         """`weight` (out, in) plus the adapters, summed in float32. DoRA norms are those of the dequantized base."""
