@@ -35,6 +35,26 @@ def test_flags_win_over_yaml_and_both_are_coerced(tmp_path):
     assert (c.packing, c.epochs, c.gradient_checkpointing, c.lora_targets) == (True, 2.0, False, "q_proj,v_proj")
 
 
+@pytest.mark.parametrize(
+    ("line", "given", "value"),
+    [
+        ("", [], None),
+        ("", ["--keep-products"], True),
+        ("", ["--no-keep-products"], False),
+        ("", ["--keep-products=no"], False),
+        ("keep_products: true", [], True),
+        ("keep_products: false", [], False),
+        ("keep_products: null", [], None),
+        ("keep_products: true", ["--no-keep-products"], False),
+        ("keep_products: false", ["--keep-products", "--packing"], True),
+        ("keep_products: true", ["--keep-products", "null"], None),
+    ],
+)
+def test_a_switch_that_may_be_left_open(tmp_path, line, given, value):
+    (tmp_path / "c.yaml").write_text(f"seed: 1\n{line}\n")
+    assert parse("--config", str(tmp_path / "c.yaml"), *given).keep_products is value
+
+
 def test_resolved_config_reads_back(tmp_path):
     c = parse("--lr", "1e-4", "--max-steps", "7", "--eval-data", "x.json")
     (tmp_path / "c.yaml").write_text(dump_yaml(c))
@@ -64,6 +84,7 @@ MISTAKES = [
     (["--lr", "fast"], "--lr must be a number, not 'fast'"),
     (["--lora-rank", "2.5"], "--lora-rank must be a whole number, not '2.5'"),
     (["--packing", "maybe"], "--packing must be true or false"),
+    (["--keep-products", "maybe"], "--keep-products must be true or false"),
     (["--max-length", "0"], "--max-length must be at least 2, not 0"),
     (["--quant-type", "nf5"], "--quant-type 'nf5' is not one of nf4"),
     (["--block-size", "48"], "--block-size must be a power of two in 32..4096, not 48"),
@@ -143,7 +164,7 @@ def test_a_card_keeps_the_step_and_fits_it(tmp_path):
     batches = []
     for card in ("16", "24GB", "80"):
         c = parse(*common, "--card", card)
-        assert c.batch_size * c.grad_accum == 16
+        assert c.batch_size * c.grad_accum == 16 and c.keep_products is False
         batches.append(c.batch_size)
         size = next(k.size for k in CARDS if k.name.startswith(card.removesuffix("GB") + " "))
         from qlora_ref.finetune.report import memory_settings
@@ -257,7 +278,7 @@ def test_out_of_memory_names_three_flags(good, capsys, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(Trainer, "train_step", out_of_memory)
-    assert train_cli.main([x for pair in good.items() for x in pair]) == 1
+    assert train_cli.main([*(x for pair in good.items() for x in pair), "--no-keep-products"]) == 1
     error = capsys.readouterr().err
     assert "--batch-size 1 --grad-accum 16" in error and "--max-length 256" in error and "--optimizer-bits 8" in error
     assert "4-bit weights" in error

@@ -77,7 +77,10 @@ class TrainConfig:
     )
     pool_mib: int = opt(512, "device memory for pages of Adam's moments, MiB")
     gradient_checkpointing: bool = opt(True, "recompute activations in the backward pass")
-    keep_products: bool = opt(False, "but keep the outputs of 4-bit layers and attention: faster, more memory")
+    keep_products: bool | None = opt(
+        None,
+        "but keep the outputs of 4-bit layers and attention: faster, more memory (default: on a CPU where they fit)",
+    )
     group_by_length: bool = opt(False, "batch examples of similar length")
     packing: bool = opt(False, "several examples in one row, each blind to the others")
     seed: int = opt(0, "adapter init, data order and dropout follow from it")
@@ -101,6 +104,11 @@ def suggestion(word: str, known: Any) -> str:
     """' Did you mean X?' or the empty string."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {near[0]}?" if near else ""
+
+
+def is_switch(key: str) -> bool:
+    """Whether the flag of the key needs no value, and has a --no- form."""
+    return bool in (_HINTS[key], *get_args(_HINTS[key]))
 
 
 def coerce(key: str, value: Any) -> Any:

@@ -102,7 +102,7 @@ def train_arm(config: TrainConfig, name: str, asked: list[tuple[Message, str]]) 
         sampling = Sampling(max_new_tokens=ANSWER_TOKENS)
         return [answer(trainer.model, prepared.tokenizer, (q,), template, sampling) for q, _ in asked]
 
-    print(f"\n{name}\n{report.startup(prepared.config, trainer, prepared.dtype, [])}")
+    print(f"\n{name}\n{report.startup(prepared.config, trainer, prepared.dtype)}")
     before = answers()
     run.start(prepared)
     bar = report.ProgressBar(trainer, name)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..cli import UserError
-from .config import FIELDS, TrainConfig, check, coerce, from_dict, load_yaml, suggestion
+from .config import FIELDS, TrainConfig, check, coerce, from_dict, is_switch, load_yaml, suggestion
 
 # old flag -> our key
 RENAMED = {
@@ -90,9 +90,9 @@ def build_parser(prog: str, description: str) -> Parser:
         else:
             text = f.metadata["help"]
         text += "" if default in (None, "") else f" (default: {default})"
-        nargs: dict[str, Any] = {"nargs": "?", "const": "true"} if isinstance(default, bool) else {}
+        nargs: dict[str, Any] = {"nargs": "?", "const": "true"} if is_switch(key) else {}
         parser.add_argument(flag, dest=key, metavar="X", help=text.replace("%", "%%"), **nargs)
-        if isinstance(default, bool):
+        if is_switch(key):
             parser.add_argument("--no-" + key.replace("_", "-"), dest=key, action="store_const", const="false",
                                 help=argparse.SUPPRESS)  # fmt: skip
     return parser

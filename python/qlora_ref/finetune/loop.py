@@ -113,7 +113,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half is torch.float16)
         self.eval_steps = c.eval_steps or max(1, -(-self.plan.total_steps // 10))
         if c.gradient_checkpointing:
-            set_checkpointing(self.model, True, c.keep_products)
+            set_checkpointing(self.model, True, bool(c.keep_products))
         self.model.train()
 
     # --- one step --------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def fit_to_card(config: TrainConfig, card_name: str) -> TrainConfig:
     try:
         architecture = read_config(config.model)
         for bits, keep in itertools.product(
-            dict.fromkeys((config.optimizer_bits, 8)), dict.fromkeys((config.keep_products, False))
+            dict.fromkeys((config.optimizer_bits, 8)), dict.fromkeys((bool(config.keep_products), False))
         ):
             for batch in (b for b in range(per_step, 0, -1) if per_step % b == 0):
                 candidate = config.replace(batch_size=batch, grad_accum=per_step // batch)

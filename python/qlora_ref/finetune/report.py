@@ -110,7 +110,7 @@ def memory_settings(config: TrainConfig) -> Any:
         optimizer=f"adamw{config.optimizer_bits}",
         paged=True,
         checkpointing=config.gradient_checkpointing,
-        keep_products=config.keep_products,
+        keep_products=bool(config.keep_products),  # None: a card, where nobody asked for it
         logits_chunk=_logits_chunk(config),
     )
 
@@ -120,17 +120,21 @@ def paged(config: TrainConfig) -> str:
     return "" if config.paging == "auto" else f", moments paged ({config.paging}, pool of {config.pool_mib} MiB)"
 
 
-def startup(config: TrainConfig, trainer: Trainer, dtype: torch.dtype, notes: list[str]) -> str:
-    """What is about to run: versions, device, dtypes, true parameter counts, data, steps."""
+def startup(config: TrainConfig, trainer: Trainer, dtype: torch.dtype, memory_allows: bool = False) -> str:
+    """What is about to run: versions, device, dtypes, true parameter counts, data, steps.
+
+    memory_allows: products are kept for that reason, not because somebody asked.
+    """
     total, trainable = count_parameters(trainer.model)
     base = "16-bit (not quantized)" if config.quant_type == "none" else (
         f"{config.quant_type}, blocks of {config.block_size}" + (", double quantization" if config.double_quant else "")
     )  # fmt: skip
     name = str(dtype).removeprefix("torch.")
     per_step = f"{config.batch_size} x {config.grad_accum}"
-    activations = "kept" if not config.gradient_checkpointing else (
-        "computed again in backward" + (", 4-bit layers and sdpa attention kept" if config.keep_products else "")
-    )  # fmt: skip
+    activations = "computed again in backward" if config.gradient_checkpointing else "kept"
+    if config.keep_products:
+        activations += ", 4-bit layers and sdpa attention kept"
+        activations += " (memory allows; --no-keep-products)" if memory_allows else ""
     rows = [
         (
             "versions",
@@ -149,7 +153,7 @@ def startup(config: TrainConfig, trainer: Trainer, dtype: torch.dtype, notes: li
         ("optimizer", f"paged AdamW {config.optimizer_bits}-bit, lr {config.lr:g} {config.schedule}{paged(config)}"),
     ]
     width = max(len(k) for k, _ in rows)
-    return "\n".join([f"  {k:<{width}}  {v}" for k, v in rows] + [f"  note: {n}" for n in notes])
+    return "\n".join(f"  {k:<{width}}  {v}" for k, v in rows)
 
 
 class ProgressBar:

@@ -31,6 +31,7 @@ from .loading import (
 from .loop import METRICS, Trainer, reset_peak
 from .peft_io import read_adapter, save_adapter, write_atomically
 from .plots import plot_losses
+from .products import kept_by_default
 
 CONFIG_FILE, PLOT_FILE = "config.yaml", "loss.png"
 
@@ -39,10 +40,11 @@ CONFIG_FILE, PLOT_FILE = "config.yaml", "loss.png"
 class Prepared:
     """Everything that can be checked and loaded before the first byte is written."""
 
-    config: TrainConfig  # resolved: no "auto" left
+    config: TrainConfig  # resolved: no "auto" left, and keep_products is true or false
     tokenizer: Any
     trainer: Trainer
     dtype: torch.dtype
+    memory_allows: bool  # so products are kept, though nobody asked for it
 
 
 def embedded(config: TrainConfig) -> TrainConfig:
@@ -135,6 +137,8 @@ def prepare(config: TrainConfig) -> Prepared:
     config, data, held, train_ids, eval_ids = _load_data(config, tokenizer, is_seq2seq(model_config))
     short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     config = config.replace(device=str(device), dtype=short[dtype])
+    memory_allows = config.keep_products is None and kept_by_default(config, device)
+    config = config.replace(keep_products=bool(config.keep_products or memory_allows))
     reset_peak(device)
     model = build(config, device, dtype)
     adapter = {
@@ -156,7 +160,7 @@ def prepare(config: TrainConfig) -> Prepared:
             adapter,
         )
     )
-    return Prepared(config, tokenizer, trainer, dtype)
+    return Prepared(config, tokenizer, trainer, dtype, memory_allows)
 
 
 def start(prepared: Prepared) -> None:

@@ -66,7 +66,9 @@ def load_study(path: Path, output: Path) -> Study:
     for combination in itertools.product(*grid.values()):
         point = from_dict(dict(zip(grid, combination, strict=True)), f"{path}: grid")
         for name, arm in arms.items():
-            config = run.embedded(TrainConfig(**{**base, **arm, **point}))
+            # not by the memory of the moment: runs are compared, and several may start at once
+            keys = {"keep_products": False, **base, **arm, **point}
+            config = run.embedded(TrainConfig(**keys))
             check(config)
             runs.append(_planned(name, point, config, output))
     compare = values.get("compare") or {}

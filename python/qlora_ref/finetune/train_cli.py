@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
         print("stopped before training; nothing was written", file=sys.stderr)
         return 130
     config = prepared.config
-    print(report.startup(config, prepared.trainer, prepared.dtype, []))
+    print(report.startup(config, prepared.trainer, prepared.dtype, prepared.memory_allows))
     if args.dry_run:
         print("dry run: nothing was trained or written")
         return 0
