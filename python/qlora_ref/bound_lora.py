@@ -22,7 +22,7 @@ _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 class _Call(NamedTuple):
-    """What a node keeps of the layer. Not as saved tensors: checkpointing calls a function for each of those, thrice."""
+    """What a node keeps of the layer. Not as saved tensors: checkpointing calls a function thrice for each of those."""
 
     weight: Any  # _C's
     tables: tuple  # which `weight` points at
@@ -75,30 +75,40 @@ def lora_linear(
     layer: Any, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
 ) -> torch.Tensor | None:
     """y = x W'^T + bias + scaling (x A^T) B^T for a Linear4bit on the CPU; None where the long way has to be taken."""
-    dtype, bound = x.dtype, layer._bound
-    ours = all(map(_is_plain, (x, lora_A, lora_B))) and lora_A.is_leaf and lora_B.is_leaf and not is_watched() and bound.is_current(layer)
-    if not ours or not bound.takes(layer, dtype) or any(m.dtype not in (dtype, torch.float32) for m in (lora_A, lora_B)):
+    adapter = lora_A, lora_B
+    if is_watched() or not (_is_plain(x) and all(map(_is_ready, adapter, (x.dtype, x.dtype))) and _takes(layer, x)):
         return None
-    in_features, out_features, tokens = layer.in_features, layer.out_features, x.shape[:-1].numel()
-    if not tokens or x.shape[-1] != in_features or not native.module.cpu.can_lora(DTYPE[dtype], lora_A.shape[0]):
+    if not native.module.cpu.can_lora(DTYPE[x.dtype], lora_A.shape[0]):
         return None
-    struct = adapter_struct(in_features, out_features, lora_A, lora_B, scaling)
-    shape = (*x.shape[:-1], out_features)
+    struct = adapter_struct(layer.in_features, layer.out_features, lora_A, lora_B, scaling)
+    bound, shape = layer._bound, (*x.shape[:-1], layer.out_features)
     if not (torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad)):
         return product(bound, x, struct, x.new_empty(shape))
     run = checkpointing.current()
-    kept = None if run is None else run.take(NAME, shape, dtype)
-    arguments, adapter = layer.op_args(), (lora_A, lora_B)
+    kept = None if run is None else run.take(NAME, shape, x.dtype)
+    arguments = layer.op_args()
     tensors, spec = arguments[:4], arguments[4:]
     call = _Call(bound.weight, bound.tables, tensors, adapter, _state(tensors + adapter), spec, scaling)
     if kept is None:
-        y = product(bound, x, struct, _apply(x, lora_A, lora_B, call, lambda: x.new_empty(shape)))
+        y = product(bound, x, struct, _apply(x, *adapter, call, lambda: x.new_empty(shape)))
     else:
-        y = _apply(x, lora_A, lora_B, call, lambda: autograd.hollow(x, shape))
+        y = _apply(x, *adapter, call, lambda: autograd.hollow(x, shape))
         y.data = kept[0]
     if run is not None:
         run.keep(NAME, y)
     return y
+
+
+def _takes(layer: Any, x: torch.Tensor) -> bool:
+    """Whether the layer is bound and multiplies such tokens as they are, if there are any."""
+    bound = layer._bound
+    fits = bound.is_current(layer) and bound.takes(layer, x.dtype) and x.shape[-1:] == (layer.in_features,)
+    return fits and x.numel() > 0
+
+
+def _is_ready(matrix: torch.Tensor, dtype: torch.dtype) -> bool:
+    """A or B as it is stored, and no result of something else: the node keeps it."""
+    return _is_plain(matrix) and matrix.is_leaf and matrix.dtype in (torch.float32, dtype)
 
 
 def product(bound: Any, x: torch.Tensor, struct: tuple, y: torch.Tensor) -> torch.Tensor:

@@ -147,12 +147,11 @@ class Linear4bit(nn.Linear):
         y = ops.linear_4bit(x_c, *self.op_args(), self.out_features, self.cast_bias(x_c.dtype))
         return y if self.compute_dtype is None else y.to(x.dtype)
 
-    def with_adapter(
-        self, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
+    def with_adapter(self, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:
         """y + scaling (x A^T) B^T in one op; lora_A (rank, in), lora_B (out, rank)."""
-        if not torch.compiler.is_dynamo_compiling() and x.is_cpu:
-            if (y := bound_lora.lora_linear(self, x, lora_A, lora_B, scaling)) is not None:
+        if x.is_cpu and not torch.compiler.is_dynamo_compiling():
+            y = bound_lora.lora_linear(self, x, lora_A, lora_B, scaling)
+            if y is not None:
                 return y
         x_c = self.cast_input(x)
         bias = self.cast_bias(x_c.dtype)
