@@ -243,7 +243,7 @@ def bench_lora(rows: list[Row], machine: Machine, shape, bnb, threads: int, m: i
         layer.train()
     calls = {key: step(layer) for key, layer in layers.items()}
     floor = 4 * m * weight.numel() / machine.peak
-    rows.append(Row("forward + backward, LoRA", name(shape), threads, m, interleaved(calls, 5, 0.5), floor,
+    rows.append(Row("forward + backward, LoRA", name(shape), threads, m, interleaved(calls, 15, 0.5), floor,
                     ">= 1.5x bitsandbytes + PEFT"))  # fmt: skip
 
 
