@@ -3,13 +3,17 @@
 import copy
 import gc
 import weakref
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from qlora_ref import bound_lora, native
+from qlora_ref.checkpointing import keep_products
 from qlora_ref.nn import Linear4bit, LoRALinear
 from qlora_ref.quantized import QuantConfig
 from qlora_ref.reference.double_quant import get_map8
@@ -128,6 +132,38 @@ def test_what_is_more_than_a_recorded_call_takes_the_long_way(ways):
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), layer(x))
     assert ways == [False] * 7 + [True]
+
+
+def test_within_a_transform_that_follows_something_else(ways):
+    """x, A and B are ordinary tensors there; what the layer gives is not."""
+    layer, x = make(), torch.randn(3, 256)
+    y = layer(x).detach()
+    outputs = torch.func.vmap(lambda s: s * layer(x))(torch.arange(3.0))
+    torch.testing.assert_close(outputs, torch.arange(3.0)[:, None, None] * y)
+    gradient = torch.func.grad(lambda s: (s * layer(x)).sum())(torch.tensor(1.0))
+    torch.testing.assert_close(gradient, y.sum())
+    assert ways == [True, False, False]
+
+
+@pytest.mark.parametrize("again", ["long", "short"])
+@pytest.mark.parametrize("keeping", [False, True])
+def test_a_block_computed_one_way_and_recomputed_the_other(again, keeping, ways):
+    """Both save the same. Layers are square, and tokens as many as ranks: a matrix of an adapter could pass for x."""
+    torch.manual_seed(0)
+    base = [Linear4bit.from_linear(nn.Linear(64, 64, bias=False)) for _ in range(2)]
+    block = nn.Sequential(*(LoRALinear(b, 4, 8) for b in base))
+    for layer in block:
+        nn.init.normal_(layer.lora_B, std=0.1)
+    x, leaves = torch.randn(4, 64, requires_grad=True), [p for p in block.parameters() if p.requires_grad]
+    wanted = torch.autograd.grad(block(x).square().sum(), [x, *leaves])
+    ways.clear()
+    watched = partial(torch.profiler.profile, activities=[torch.profiler.ProfilerActivity.CPU])
+    options = {"context_fn": keep_products} if keeping else {}
+    with watched() if again == "short" else nullcontext():
+        y = checkpoint(block, x, use_reentrant=False, **options).square().sum()
+    with watched() if again == "long" else nullcontext():
+        assert same(torch.autograd.grad(y, [x, *leaves]), wanted)
+    assert set(ways[:2]) == {again == "long"} and (again == "short") in ways
 
 
 def test_a_gradient_of_the_gradient(ways):

@@ -3,8 +3,9 @@
 A step of a small model calls its layers hundreds of times, and between two calls the caches fill with activations: the
 interpreter's and torch's own data come from memory again. The way through `direct` costs 150 us a call then.
 
-The same bits, the same node of the graph as autograd.py makes, the same outputs kept under checkpointing. Whatever is
-more than that (somebody who watches, a tensor of another class, a gradient of the gradient) takes the long way.
+The same bits as the long way, the same tensors saved and the same outputs kept under checkpointing: a block may be
+computed one way and recomputed the other. Whatever is more than a plain recorded call (somebody who watches, a tensor
+of another class, a gradient of the gradient) takes the long way.
 """
 
 from typing import Any, NamedTuple
@@ -35,6 +36,8 @@ class _Call(NamedTuple):
     def backward(
         self, dy: torch.Tensor, x: torch.Tensor, need_dx: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        if torch.compiler.is_compiling():  # compiled autograd follows backward only
+            return self._long(dy, x, need_dx)
         now, (lora_A, lora_B) = _state(self.tensors + self.adapter), self.adapter
         if any(version != before for (_, version), (_, before) in zip(now, self.state, strict=True)):
             raise RuntimeError(MODIFIED)
@@ -42,9 +45,7 @@ class _Call(NamedTuple):
         if same and type(dy) is torch.Tensor:
             dy = dy.contiguous()
         if not (same and _is_plain(dy) and _is_plain(x)) or torch.is_grad_enabled() or is_watched():
-            arguments = (*self.tensors, *self.spec, lora_A, lora_B, self.scaling, need_dx)
-            dx, dA, dB = direct("lora_linear_4bit_backward")(dy, x, *arguments)
-            return dx if need_dx else None, dA, dB
+            return self._long(dy, x, need_dx)
         adapter = adapter_struct(x.shape[-1], dy.shape[-1], lora_A, lora_B, self.scaling)
         dx = torch.empty_like(x) if need_dx else None
         dA, dB = torch.empty_like(lora_A), torch.empty_like(lora_B)
@@ -53,6 +54,11 @@ class _Call(NamedTuple):
             *(dA.data_ptr(), dB.data_ptr(), 0 if dx is None else dx.data_ptr(), torch.get_num_threads()),
         )
         return dx, dA, dB
+
+    def _long(self, dy: torch.Tensor, x: torch.Tensor, need_dx: bool) -> tuple:
+        arguments = (*self.tensors, *self.spec, *self.adapter, self.scaling, need_dx)
+        dx, dA, dB = direct("lora_linear_4bit_backward")(dy, x, *arguments)
+        return dx if need_dx else None, dA, dB
 
 
 class _Node(torch.autograd.Function):

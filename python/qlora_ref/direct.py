@@ -180,5 +180,6 @@ def _is_ordinary(tensor: torch.Tensor) -> bool:
 
 
 def is_watched() -> bool:
-    """By a tracer, a mode that follows operations, autocast, forward-mode derivatives or a profiler."""
-    return _is_followed() or _len_torch_dispatch_stack() != 0 or _is_any_autocast_enabled()
+    """By a tracer, a mode that follows operations, autocast, a transform of torch.func, forward mode or a profiler."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return transformed or _is_followed() or _len_torch_dispatch_stack() != 0 or _is_any_autocast_enabled()

@@ -42,22 +42,25 @@ def _linear_backward(ctx, dy):
     return dx, *[None] * WEIGHT_ARGS, None, dbias
 
 
-def _versions(weight) -> list[int]:
-    return [t._version for t in weight[:4] if t is not None and not t.is_inference()]
+def _versions(tensors) -> list[int]:
+    return [t._version for t in tensors if t is not None and not t.is_inference()]
 
 
 def _save_lora_linear(ctx, inputs):
     x, *weight = inputs[: 1 + WEIGHT_ARGS]
     *_, lora_A, lora_B, ctx.scaling = inputs
-    ctx.save_for_backward(x, lora_A, lora_B)
     # Frozen, so no saved tensors: checkpointing would count them and offloading move them at every layer. The node
-    # keeps them alive, and looks itself whether they are still what they were.
-    ctx.weight, ctx.versions = weight, _versions(weight)
+    # keeps them alive, and looks itself whether they are still what they were. So with an adapter that is stored as it
+    # is. (bound_lora.py does the same: a block may be computed one way and recomputed the other.)
+    stored = lora_A.is_leaf and lora_B.is_leaf and autograd.are_ordinary(x, lora_A, lora_B)
+    ctx.weight, ctx.adapter = weight, (lora_A, lora_B) if stored else ()
+    ctx.versions = _versions((*weight[:4], *ctx.adapter))
+    ctx.save_for_backward(*((x,) if stored else (x, lora_A, lora_B)))
 
 
 def _lora_linear_backward(ctx, dy):
-    x, lora_A, lora_B = ctx.saved_tensors
-    if _versions(ctx.weight) != ctx.versions:
+    x, lora_A, lora_B = (*ctx.saved_tensors, *ctx.adapter)
+    if _versions((*ctx.weight[:4], *ctx.adapter)) != ctx.versions:
         raise RuntimeError(MODIFIED)
     need_dx = ctx.needs_input_grad[0]
     lora_backward = _direct("lora_linear_4bit_backward")
