@@ -147,10 +147,23 @@ def group(folder: str, limit: int | str, used: int = 0, cache: int = 0) -> dict[
     return {f"sys/fs/cgroup/{folder}memory.{name}": text for name, text in files.items()}
 
 
+def group1(folder: str, limit: int, used: int = 0, cache: int = 0) -> dict[str, str]:
+    """Of version 1."""
+    stat = f"inactive_file 5\ntotal_inactive_file {cache}\n"
+    files = {"limit_in_bytes": f"{limit}\n", "usage_in_bytes": f"{used}\n", "stat": stat}
+    return {f"sys/fs/cgroup/memory/{folder}memory.{name}": text for name, text in files.items()}
+
+
 GIB = 2**30
 MACHINES = {
     "no limit": ({"proc/self/cgroup": "0::/\n"}, 8 * GIB),
-    "version 1": ({"proc/self/cgroup": "4:memory:/x\n"}, 8 * GIB),
+    "version 1": ({"proc/self/cgroup": "4:memory:/x\n0::/\n", **group1("x/", 4 * GIB, 3 * GIB, GIB)}, 2 * GIB),
+    "version 1, group around it": (
+        {"proc/self/cgroup": "5:cpu,memory:/x/y\n", **group1("x/y/", 2**63 - 4096), **group1("", 5 * GIB, 4 * GIB)},
+        GIB,
+    ),
+    "version 1, no limit": ({"proc/self/cgroup": "4:memory:/x\n", **group1("", 2**63 - 4096, GIB)}, 8 * GIB),
+    "version 1 out of sight": ({"proc/self/cgroup": "4:memory:/x\n0::/\n"}, None),
     "container": ({"proc/self/cgroup": "0::/\n", **group("", 4 * GIB, 3 * GIB, GIB)}, 2 * GIB),
     "limit above what is there": ({"proc/self/cgroup": "0::/\n", **group("", 64 * GIB, GIB)}, 8 * GIB),
     "max": ({"proc/self/cgroup": "0::/a\n", **group("a/", "max", GIB)}, 8 * GIB),

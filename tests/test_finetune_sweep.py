@@ -89,8 +89,10 @@ def test_tost_holds_its_level_at_the_margin():
 
 def test_runs_of_a_study_keep_products_only_where_it_says_so(grid, tmp_path):
     """Not by the memory of the moment: their peaks are compared, and several may start at once."""
-    study = sweep.load_study(grid(arms={"plain": {}, "kept": {"keep_products": True}}, compare={}), tmp_path)
-    assert {p.arm: p.config.keep_products for p in study.runs} == {"plain": False, "kept": True}
+    study = sweep.load_study(
+        grid(arms={"plain": {}, "null": {"keep_products": None}, "kept": {"keep_products": True}}, compare={}), tmp_path
+    )
+    assert {p.arm: p.config.keep_products for p in study.runs} == {"plain": False, "null": False, "kept": True}
 
 
 def test_a_sweep_runs_resumes_and_summarises(grid, tmp_path, capsys, monkeypatch):

@@ -38,28 +38,43 @@ def _needed(config: TrainConfig) -> int | None:
 def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes that this process can still take without swapping: what the kernel says and its control groups leave.
 
-    None where neither can be read (not Linux). Of control groups, version 2 only.
+    None where one of them cannot be read (not Linux).
     """
     try:
         kernel = 1024 * _number(root / "proc/meminfo", "MemAvailable:")
-        return min([kernel, *map(_left, _limited_groups(root))])
+        return min([kernel, *_left_in_groups(root)])
     except (OSError, ValueError, LookupError):
         return None
 
 
-def _limited_groups(root: Path) -> list[Path]:
-    """Folders of the control groups around this process that have a limit."""
-    lines = (root / "proc/self/cgroup").read_text().splitlines()
-    own = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
-    folder = root / "sys/fs/cgroup" / own.strip("/")
-    limits = (f / "memory.max" for f in (folder, *folder.parents))
-    return [limit.parent for limit in limits if limit.exists() and limit.read_text().strip() != "max"]
+def _left_in_groups(root: Path) -> list[int]:
+    """Bytes up to the limits of the control groups around this process, of version 1 and of version 2."""
+    left = []
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            groups = _groups(root / "sys/fs/cgroup/memory", path, names[0])
+            if not groups:
+                raise LookupError("a limit that cannot be read")
+            left += [_left(group, *names) for group in groups]
+        elif not controllers:
+            names = ("memory.max", "memory.current", "inactive_file")
+            groups = _groups(root / "sys/fs/cgroup", path, names[0])
+            left += [_left(g, *names) for g in groups if (g / names[0]).read_text().strip() != "max"]
+    return left
 
 
-def _left(group: Path) -> int:
-    """Bytes up to the group's limit. File cache that was not used lately is given up before anything is refused."""
-    limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-    return limit - used + _number(group / "memory.stat", "inactive_file")
+def _groups(mount: Path, path: str, limit: str) -> list[Path]:
+    """Folders of a group and of those around it, as far as they can be seen here."""
+    folder = mount / path.strip("/")
+    return [f for f in (folder, *folder.parents) if f.is_relative_to(mount) and (f / limit).exists()]
+
+
+def _left(group: Path, limit: str, used: str, inactive: str) -> int:
+    """File cache that was not used lately is given up before anything is refused. Without a limit: a huge number."""
+    free = int((group / limit).read_text()) - int((group / used).read_text())
+    return free + _number(group / "memory.stat", inactive)
 
 
 def _number(file: Path, name: str) -> int:

@@ -149,7 +149,7 @@ def startup(config: TrainConfig, trainer: Trainer, dtype: torch.dtype, memory_al
         ("held out", f"{min(len(trainer.eval_ids), config.max_eval_examples)} examples"),
         ("steps", f"{trainer.plan.total_steps} of {per_step} {'rows' if config.packing else 'examples'}"),
         ("activations", activations),
-        ("memory", estimated(config)),
+        ("memory", estimated(config.replace(keep_products=False) if memory_allows else config)),  # as on a GPU
         ("optimizer", f"paged AdamW {config.optimizer_bits}-bit, lr {config.lr:g} {config.schedule}{paged(config)}"),
     ]
     width = max(len(k) for k, _ in rows)

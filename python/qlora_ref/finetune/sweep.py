@@ -67,8 +67,8 @@ def load_study(path: Path, output: Path) -> Study:
         point = from_dict(dict(zip(grid, combination, strict=True)), f"{path}: grid")
         for name, arm in arms.items():
             # not by the memory of the moment: runs are compared, and several may start at once
-            keys = {"keep_products": False, **base, **arm, **point}
-            config = run.embedded(TrainConfig(**keys))
+            config = run.embedded(TrainConfig(**{**base, **arm, **point}))
+            config = config.replace(keep_products=bool(config.keep_products))
             check(config)
             runs.append(_planned(name, point, config, output))
     compare = values.get("compare") or {}
