@@ -17,8 +17,8 @@ def summed_loss(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, int]:
     """(sum of -log p over labelled tokens in float32, how many there are) of one micro-batch.
 
     The token at position p + 1 is predicted from position p. With a vocabulary of 128,000 the logits of all positions
-    would be the largest tensor of the run: only positions that some row needs go through the output layer, and where
-    that is a plain matrix, CHUNK of them at a time, recomputed in the backward pass.
+    would be the largest tensor of the run. Where the output layer is a plain matrix only labelled positions go through
+    it, if they are many CHUNK at a time, recomputed in the backward pass; elsewhere positions that some row needs.
     """
     labels = batch["labels"]
     inputs = {k: v for k, v in batch.items() if k != "labels"}
@@ -26,8 +26,8 @@ def summed_loss(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, int]:
         logits, targets = model(**inputs, labels=labels, use_cache=False).logits, labels
     else:
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        if model.config.model_type in PLAIN_HEAD and int((targets != IGNORE).sum()) > CHUNK:
-            return _chunked(model, inputs, targets)
+        if model.config.model_type in PLAIN_HEAD:
+            return _of_labelled(model, inputs, targets)
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             keep = (targets != IGNORE).any(dim=0).nonzero().squeeze(1)
             inputs["logits_to_keep"], targets = keep, targets[:, keep]
@@ -37,14 +37,16 @@ def summed_loss(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, int]:
     return loss, count
 
 
-def _chunked(model: Any, inputs: dict[str, Any], targets: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The same sum, logits of CHUNK labelled positions at a time."""
+def _of_labelled(model: Any, inputs: dict[str, Any], targets: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The same sum from the logits of labelled positions, at most CHUNK at a time."""
     wanted = targets != IGNORE
     hidden, targets = model.model(**inputs, use_cache=False).last_hidden_state[wanted], targets[wanted]
 
     def part(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model.lm_head(h).float(), t, reduction="sum")
 
+    if len(targets) <= CHUNK:
+        return part(hidden, targets), len(targets)
     pieces = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
     losses = [checkpoint(part, h, t, use_reentrant=False) for h, t in pieces]
     return torch.stack(losses).sum(), len(targets)
