@@ -16,12 +16,14 @@ rate of torch's own large product): no implementation of the 4-bit layer can be 
 "kept" arms: checkpointing keeps the outputs of products and of attention. Ours by keep_products (checkpointing.py), the
 others by what torch has for it, selective checkpointing. The floor of `rest-kept` has no flops of recomputed products.
 
-`qlora_ref-demo` is the step that `qlora-ref demo` really makes (finetune/loop.py): products kept, only labelled
-positions through the output layer, gradients clipped, paged AdamW. `rest-demo` is that without linear layers.
+"demo" arms: the step that `qlora-ref demo` really makes (finetune/loop.py): only labelled positions through the output
+layer, gradients clipped, paged AdamW. In ours products are kept, as the demo does; the others' layers stand in the same
+loop, and checkpointing computes all again.
 """
 
 import argparse
 import ctypes
+import dataclasses
 import gc
 import json
 import os
@@ -48,7 +50,8 @@ from qlora_ref.hf.checkpointing import arguments
 from qlora_ref.nn import LoRALinear, attach_lora, quantize_model
 
 ARMS = tuple(arm + kept for arm in ("qlora_ref", "bitsandbytes", "bf16", "rest") for kept in ("", "-kept"))
-MODELS = {"llama": ARMS, "demo": (*ARMS, "qlora_ref-demo", "rest-demo")}
+DEMO_ARMS = tuple(f"{arm}-demo" for arm in ("qlora_ref", "bitsandbytes", "bf16", "rest"))
+MODELS = {"llama": ARMS, "demo": ARMS + DEMO_ARMS}
 RANK, ALPHA = 16, 32  # also the demo's
 
 
@@ -74,20 +77,25 @@ def llama() -> Problem:
     return Problem(model, torch.bfloat16, [{"input_ids": ids, "labels": ids}])
 
 
-def demo_trainer() -> Any:
-    """The loop of `qlora-ref demo` before its first step."""
+def demo_config() -> Any:
+    """Of `qlora-ref demo`, which would write what it is told to; nothing is written here."""
     from qlora_ref.finetune.demo_cli import configuration
-    from qlora_ref.finetune.run import prepare
 
-    return prepare(configuration(f"{tempfile.gettempdir()}/unwritten-{os.getpid()}", "cpu")).trainer
+    return configuration(f"{tempfile.gettempdir()}/unwritten-{os.getpid()}", "cpu")
 
 
 def demo() -> Problem:
     """What `qlora-ref demo` trains on in its first step."""
-    from qlora_ref.finetune.loading import load_base
+    from qlora_ref.finetune.batches import Plan, collate
+    from qlora_ref.finetune.encode import find_format, load_dataset
+    from qlora_ref.finetune.loading import load_base, load_tokenizer, pad_id
 
-    trainer = demo_trainer()
-    return Problem(load_base(trainer.config.model, torch.float32), torch.float32, trainer.batches())
+    config = demo_config()
+    tokenizer, form = load_tokenizer(config.model), find_format(config.data, config.format)
+    data = load_dataset(config.data, form, form.template, tokenizer, config, False)
+    micro = Plan(data, range(len(data)), config).step(0)
+    batches = [collate(data, rows, pad_id(tokenizer)) for rows in micro]
+    return Problem(load_base(config.model, torch.float32), torch.float32, batches)
 
 
 class _Zeros(torch.autograd.Function):
@@ -166,18 +174,27 @@ def checkpointing(arm: str) -> dict[str, Any]:
 
 
 def prepare_demo(arm: str) -> tuple[Any, Problem, float]:
-    """As `prepare`: the first step of `qlora-ref demo`, again and again."""
-    trainer = demo_trainer()
+    """As `prepare`: the first step of `qlora-ref demo`, again and again, with the layers of the arm."""
+    from qlora_ref.finetune.loading import load_base
+    from qlora_ref.finetune.run import prepare
+
+    config, ours = demo_config(), arm.startswith(("qlora_ref", "rest"))
+    config = config if ours else config.replace(quant_type="none", keep_products=False)
+    trainer = prepare(config).trainer
     problem = Problem(None, torch.float32, trainer.batches())
     layers = [(p, m.base_layer) for p, m in trainer.model.named_modules() if isinstance(m, LoRALinear)]
     if arm.startswith("rest"):
         leave_out_products(trainer.model)
+    if arm.startswith("bitsandbytes"):
+        problem.model = load_base(config.model, torch.float32)
+        trainer = dataclasses.replace(trainer, model=adapt(problem, arm)[0].get_base_model())
 
     def step():
         trainer.step = 0
         trainer.train_step()
 
-    return step, problem, layer_flops(layers, problem.tokens(), trainer.config.keep_products)
+    problem.model = None
+    return step, problem, layer_flops(layers, problem.tokens(), config.keep_products)
 
 
 def prepare(arm: str, name: str) -> tuple[Any, Problem, float]:
@@ -282,12 +299,14 @@ def profile_arm(arm: str, name: str, threads: int) -> str:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arm", choices=MODELS["demo"], required=True)
+    parser.add_argument("--arm", choices=ARMS + DEMO_ARMS, required=True)
     parser.add_argument("--model", choices=MODELS, default="llama")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--serve", action="store_true", help="a step for every line of the input")
     args = parser.parse_args(argv)
+    if args.arm not in MODELS[args.model]:
+        parser.error(f"--arm {args.arm} is one of --model demo")
     if args.serve:
         serve(Arm(args.arm, args.model, args.threads))
     elif args.profile:

@@ -41,7 +41,8 @@ class StepProcess:
         """Memory, and the floor of a `rest`. The process is gone then: another one may be measuring the floor next."""
         self._process.stdin.close()
         last = self.answer()
-        self._process.wait(timeout=60)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=60)
         return last
 
     def kill(self) -> None:
@@ -63,7 +64,7 @@ def generation(arms: tuple[str, ...], model: str, threads: int, rounds: int) -> 
     def ask(arm: str, question: Callable[[StepProcess], dict]) -> dict:
         try:
             return question(processes[arm])
-        except (RuntimeError, OSError, ValueError, subprocess.TimeoutExpired) as error:
+        except (RuntimeError, OSError, ValueError) as error:
             print(f"training step of {arm} left out: {error}", file=sys.stderr)
             processes.pop(arm).kill()
             return {}
