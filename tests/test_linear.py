@@ -66,7 +66,7 @@ def test_forward_and_backward_use_the_bit_same_weight(dtype):
 
 
 def test_autograd_keeps_four_bits_a_weight():
-    """It saves x and the adapter; of the weight the node keeps the very tensors it was given, 4.2 bits a weight."""
+    """It saves x; of weight and adapter the node keeps the very tensors it was given, 4.2 bits a weight."""
     W = torch.randn(512, 512)
     q = QuantizedTensor.quantize(W)
     x = torch.randn(2, 512, requires_grad=True)
@@ -74,10 +74,22 @@ def test_autograd_keeps_four_bits_a_weight():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = torch.ops.qlora_ref.lora_linear_4bit(x, *q.op_args(), 512, None, A, B, 0.5)
-    assert [t.data_ptr() for t in saved] == [x.data_ptr(), A.data_ptr(), B.data_ptr()]
+    assert [t.data_ptr() for t in saved] == [x.data_ptr()]
+    assert [t.data_ptr() for t in y.grad_fn.adapter] == [A.data_ptr(), B.data_ptr()]
     kept = [t for t in y.grad_fn.weight if isinstance(t, torch.Tensor)]
     assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (q.packed, q.absmax, q.nested_absmax, q.absmax_mean)}
     assert sum(t.nbytes for t in kept) == q.nbytes and q.bits_per_weight < 4.2
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_adapter_changed_before_backward_is_refused(which):
+    q, x = QuantizedTensor.quantize(torch.randn(24, 64)), torch.randn(3, 64)
+    adapter = torch.randn(4, 64, requires_grad=True), torch.randn(24, 4, requires_grad=True)
+    y = torch.ops.qlora_ref.lora_linear_4bit(x, *q.op_args(), 24, None, *adapter, 0.5)
+    with torch.no_grad():
+        adapter[which].zero_()
+    with pytest.raises(RuntimeError, match="the packed weight or the adapter .* was modified in place"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("op", ["linear_4bit", "lora_linear_4bit"])

@@ -59,7 +59,7 @@ def _save_lora_linear(ctx, inputs):
 
 
 def _lora_linear_backward(ctx, dy):
-    x, lora_A, lora_B = (*ctx.saved_tensors, *ctx.adapter)
+    x, lora_A, lora_B = ctx.saved_tensors + ctx.adapter
     if _versions((*ctx.weight[:4], *ctx.adapter)) != ctx.versions:
         raise RuntimeError(MODIFIED)
     need_dx = ctx.needs_input_grad[0]
