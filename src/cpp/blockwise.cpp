@@ -45,6 +45,17 @@ void dequantize_run(const Weight4bit& weight, const Codebook& codebook, RunScale
   const int shift = scales.block_shift;
   while (count > 0) {
     const int64_t block = first >> shift, offset = first & (weight.block_size - 1);
+    const int64_t groups =
+        offset || !isa.dequantize_groups[int(dtype)] ? 0 : scales.whole_groups(block, count >> shift);
+    if (groups) {
+      isa.dequantize_groups[int(dtype)](weight.packed + first / 2, weight.absmax, block >> scales.group_shift, groups,
+                                        weight.block_size, codebook, out);
+      const int64_t size = groups << scales.group_shift << shift;
+      first += size;
+      count -= size;
+      out += size * element_size(dtype);
+      continue;
+    }
     const BlockAbsmax absmax = scales.from(block);
     int64_t size = offset ? weight.block_size - offset : scales.reach(block) << shift;
     size = first % 2 ? 1 : std::min(size, count);

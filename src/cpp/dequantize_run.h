@@ -20,15 +20,15 @@ class RunScales {
  public:
   explicit RunScales(const Weight4bit& weight)
       : block_shift(log2_of(weight.block_size)),
+        group_shift(log2_of(weight.absmax.nested_block_size)),
         absmax_(weight.absmax),
-        isa_(variant()),
-        shift_(log2_of(weight.absmax.nested_block_size)) {}
+        isa_(variant()) {}
 
-  const int block_shift;
+  const int block_shift, group_shift;
 
   BlockAbsmax from(int64_t block) {
     if (!absmax_.codes) return {absmax_.absmax + block, nullptr};
-    const int64_t group = block >> shift_;
+    const int64_t group = block >> group_shift;
     if (group != group_) isa_.nested_values(absmax_.map, absmax_.nested_absmax[group], *absmax_.mean, values_);
     group_ = group;
     return {values_, absmax_.codes + block};
@@ -36,13 +36,17 @@ class RunScales {
   // How many blocks from(block) covers.
   int64_t reach(int64_t block) const {
     constexpr int64_t kAll = INT64_MAX / 4096;  // times a block size is no overflow
-    return absmax_.codes ? (((block >> shift_) + 1) << shift_) - block : kAll;
+    return absmax_.codes ? (((block >> group_shift) + 1) << group_shift) - block : kAll;
+  }
+  // How many nested groups begin at `block` and lie within `blocks`.
+  int64_t whole_groups(int64_t block, int64_t blocks) const {
+    const bool begins = absmax_.codes && !(block & ((int64_t(1) << group_shift) - 1));
+    return begins ? blocks >> group_shift : 0;
   }
 
  private:
   const Absmax& absmax_;
   const Variant& isa_;
-  const int shift_;
   int64_t group_ = -1;  // whose values these are
   alignas(64) float values_[256];
 };

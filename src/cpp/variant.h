@@ -147,6 +147,9 @@ struct Variant {
                       float* absmax);
   void (*dequantize[3])(const uint8_t* packed, const BlockAbsmax& absmax, int64_t n, int64_t block_size,
                         const Codebook& codebook, void* out);
+  // By DType, null where there is none: whole nested groups from `group` on, as nested_values and dequantize give them.
+  void (*dequantize_groups[3])(const uint8_t* packed, const Absmax& absmax, int64_t group, int64_t groups,
+                               int64_t block_size, const Codebook& codebook, void* out);
 
   // A run of nested groups, the last of which may be short: n values, a nested_absmax a group.
   void (*double_quantize)(const float* absmax, int64_t n, int64_t nested_block_size, float mean, const Map8& map,

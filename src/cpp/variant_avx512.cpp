@@ -246,11 +246,7 @@ void double_quantize(const float* absmax, int64_t n, int64_t nested_block_size, 
 }
 
 void nested_values(const float* map, float nested_absmax, float mean, float* values) {
-  const __m512 scale = _mm512_set1_ps(nested_absmax), means = _mm512_set1_ps(mean);
-  for (int code = 0; code < 256; code += 16) {
-    __m512 product = _mm512_mul_ps(_mm512_loadu_ps(map + code), scale);
-    _mm512_storeu_ps(values + code, _mm512_add_ps(product, means));
-  }
+  decode_map(map, nested_absmax, mean, values);
 }
 
 double sum_of_positive(const float* x, int64_t n) {
@@ -408,6 +404,7 @@ template <DType dtype>
 void extend_dtype(Variant& variant) {
   variant.quantize[int(dtype)] = quantize<dtype>;
   variant.dequantize[int(dtype)] = dequantize<dtype, Decoder<dtype>>;
+  variant.dequantize_groups[int(dtype)] = dequantize_groups<dtype, Decoder<dtype>>;
   variant.linear_rows[int(dtype)] = f32_rows<dtype>;
   variant.linear_prepare[int(dtype)] = f32_prepare<dtype>;
   variant.linear_x_bytes[int(dtype)] = 4;

@@ -156,6 +156,7 @@ bool supported() { return avx512_vbmi.supported() && __builtin_cpu_supports("avx
 
 void extend(Variant& variant) {
   variant.dequantize[int(DType::bf16)] = dequantize<DType::bf16, Decoder>;
+  variant.dequantize_groups[int(DType::bf16)] = dequantize_groups<DType::bf16, Decoder>;
   variant.linear_rows[int(DType::bf16)] = linear_rows<BF16Lanes, DType::bf16>;
   variant.linear_prepare[int(DType::bf16)] = linear_prepare<BF16Lanes, DType::bf16>;
   variant.linear_x_bytes[int(DType::bf16)] = 2;

@@ -76,3 +76,34 @@ void dequantize(const uint8_t* packed, const BlockAbsmax& absmax, int64_t n, int
     dequantize_blocks<dtype, Decoder, false>(packed, absmax, n, block_size, codebook, out);
   }
 }
+
+// 256 values of absmax', by code.
+QLORA_INLINE void decode_map(const float* map, float nested_absmax, float mean, float* values) {
+  const __m512 scale = _mm512_set1_ps(nested_absmax), means = _mm512_set1_ps(mean);
+#pragma GCC unroll 4
+  for (int code = 0; code < 256; code += 16) {
+    __m512 product = _mm512_mul_ps(_mm512_loadu_ps(map + code), scale);
+    _mm512_storeu_ps(values + code, _mm512_add_ps(product, means));
+  }
+}
+
+template <DType dtype, class Decoder>
+void dequantize_groups(const uint8_t* packed, const Absmax& absmax, int64_t group, int64_t groups, int64_t block_size,
+                       const Codebook& codebook, void* out_) {
+  auto* out = static_cast<typename Element<dtype>::type*>(out_);
+  const Decoder decode(codebook);
+  const float mean = *absmax.mean;
+  const uint8_t* codes = absmax.codes + group * absmax.nested_block_size;
+  alignas(64) float values[256];
+  for (const int64_t end = group + groups; group < end; ++group) {
+    decode_map(absmax.map, absmax.nested_absmax[group], mean, values);
+    const auto decode_blocks = [&](int64_t size) {
+      for (const uint8_t* last = codes + absmax.nested_block_size; codes < last; ++codes) {
+        decode(packed, values + *codes, size, out);
+        packed += size / 2;
+        out += size;
+      }
+    };
+    block_size == 64 ? decode_blocks(64) : decode_blocks(block_size);  // the same, unrolled
+  }
+}

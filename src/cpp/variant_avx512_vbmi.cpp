@@ -73,7 +73,9 @@ bool supported() {
 
 void extend(Variant& variant) {
   variant.dequantize[int(DType::bf16)] = dequantize<DType::bf16, Decoder<DType::bf16>>;
+  variant.dequantize_groups[int(DType::bf16)] = dequantize_groups<DType::bf16, Decoder<DType::bf16>>;
   variant.dequantize[int(DType::f16)] = dequantize<DType::f16, Decoder<DType::f16>>;
+  variant.dequantize_groups[int(DType::f16)] = dequantize_groups<DType::f16, Decoder<DType::f16>>;
   variant.double_quantize = double_quantize;
 }
 

@@ -158,6 +158,7 @@ const Variant scalar_variant = {
     "scalar",
     {quantize<DType::f32>, quantize<DType::bf16>, quantize<DType::f16>},
     {dequantize<DType::f32>, dequantize<DType::bf16>, dequantize<DType::f16>},
+    {},
     double_quantize,
     nested_values,
     sum_of_positive,
