@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from . import checkpointing
 
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)
 # By name of the op: (kernel, *args) -> the kernel's result, with a node, where all arguments are ordinary
 recorders: dict[str, Callable[..., torch.Tensor]] = {}
 
@@ -115,19 +116,20 @@ def is_forward_mode() -> bool:
 def is_plain(x: torch.Tensor) -> bool:
     """False under whatever follows operations instead of running them: compilers, fake tensors, torch.func."""
     return (
-        type(x) in (torch.Tensor, torch.nn.Parameter)
+        type(x) in _ORDINARY
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 
+def is_ordinary(t: torch.Tensor) -> bool:
+    """No tensor of another class, nor a wrapper that a transform of torch.func has left behind."""
+    return type(t) in _ORDINARY and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
 def are_ordinary(*args: Any) -> bool:
-    """No tensor among them of another class, nor a wrapper that a transform of torch.func has left behind."""
-    return all(
-        type(a) in (torch.Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(a)
-        for a in args
-        if isinstance(a, torch.Tensor)
-    )
+    """Those among them that are tensors."""
+    return all(is_ordinary(a) for a in args if isinstance(a, torch.Tensor))
 
 
 def _has_tangent(args: tuple) -> bool:

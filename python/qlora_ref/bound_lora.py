@@ -1,7 +1,7 @@
 """A 4-bit layer with its adapter on the CPU, with all that does not change looked up once: a training step's short way.
 
 A step of a small model calls its layers hundreds of times, and between two calls the caches fill with activations: the
-interpreter's and torch's own data come from memory again. The way through `direct` costs 150 us a call then.
+interpreter's and torch's own data come from memory again. So what counts is how many functions a call needs.
 
 The same bits as the long way, the same tensors saved and the same outputs kept under checkpointing: a block may be
 computed one way and recomputed the other. Whatever is more than a plain recorded call (somebody who watches, a tensor
@@ -18,8 +18,6 @@ from .direct import direct, is_watched
 from .gradients import MODIFIED
 
 NAME = "lora_linear_4bit"
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 class _Call(NamedTuple):
@@ -126,7 +124,7 @@ def product(bound: Any, x: torch.Tensor, struct: tuple, y: torch.Tensor) -> torc
 
 def _is_plain(t: torch.Tensor) -> bool:
     """An ordinary tensor that the kernels can read where it lies."""
-    return type(t) in _PLAIN and t.is_cpu and not _is_wrapped(t) and t.is_contiguous()
+    return autograd.is_ordinary(t) and t.is_cpu and t.is_contiguous()
 
 
 def _state(tensors: tuple[torch.Tensor | None, ...]) -> list[tuple[int, int]]:

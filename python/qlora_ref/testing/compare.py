@@ -176,3 +176,15 @@ def assert_within_bound(actual, same_dtype_torch, value, bound, what: str) -> No
     assert error.max().item() <= allowed, (
         f"{what}: largest error {error.max().item():.3g}, more than twice torch's {torch_error:.3g}"
     )
+
+
+def assert_same_refusal(error: type[Exception], one, other, *args) -> None:
+    """Both functions raise `error` for these arguments, in the same words."""
+    words = []
+    for function in (one, other):
+        try:
+            function(*args)
+        except error as refusal:
+            words.append(str(refusal))
+    assert len(words) == 2, f"{error.__name__} was raised by {len(words)} of two"
+    assert words[0] == words[1], f"{words[0]!r} is not {words[1]!r}"
