@@ -144,6 +144,10 @@ def test_chunked_loss_never_holds_all_logits(path):
     out.loss.backward()
     assert max(seen) == 6 and sum(seen) == 2 * 19  # 19 predicted tokens, forward and again backward
     assert model(input_ids=IDS).logits.shape == (1, 20, 96)  # the head is back
+    seen.clear()
+    with hf.chunked_loss(model, 19):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    assert seen == [19]  # one chunk is not computed again
 
 
 def test_all_labels_ignored_is_zero_not_nan(path):

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from .batches import IGNORE
 
@@ -39,17 +38,11 @@ def summed_loss(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, int]:
 
 def _of_labelled(model: Any, inputs: dict[str, Any], targets: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The same sum from the logits of labelled positions, at most CHUNK at a time."""
-    wanted = targets != IGNORE
-    hidden, targets = model.model(**inputs, use_cache=False).last_hidden_state[wanted], targets[wanted]
+    from ..hf.loss import chunked_cross_entropy
 
-    def part(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(model.lm_head(h).float(), t, reduction="sum")
-
-    if len(targets) <= CHUNK:
-        return part(hidden, targets), len(targets)
-    pieces = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-    losses = [checkpoint(part, h, t, use_reentrant=False) for h, t in pieces]
-    return torch.stack(losses).sum(), len(targets)
+    hidden, targets = model.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1), targets.flatten()
+    total = chunked_cross_entropy(hidden, targets, model.lm_head, CHUNK, num_items=1)
+    return total, int((targets != IGNORE).sum())
 
 
 @torch.no_grad()

@@ -1,12 +1,13 @@
 """Cross-entropy in chunks of tokens: the logits of a whole batch are never in memory.
 
 At 2048 tokens and a vocabulary of 128,256 the float32 logits are 1.0 GiB, and their gradient as much again: more than
-the 4-bit weights of a small model. Only labelled positions go through the head, `chunk` at a time, each chunk computed
-again in the backward pass.
+the 4-bit weights of a small model. Only labelled positions go through the head; many of them `chunk` at a time, and each
+chunk is computed again in the backward pass.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,8 +39,9 @@ def chunked_cross_entropy(
     def part(h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(head(h).float(), y, reduction="sum")
 
+    run = part if labels.numel() <= chunk else partial(checkpoint, part, use_reentrant=False)
     for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        total = total + checkpoint(part, h, y, use_reentrant=False)
+        total = total + run(h, y)
     return total / (max(labels.numel(), 1) if num_items is None else num_items)
 
 
