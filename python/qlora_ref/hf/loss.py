@@ -1,8 +1,8 @@
 """Cross-entropy in chunks of tokens: the logits of a whole batch are never in memory.
 
 At 2048 tokens and a vocabulary of 128,256 the float32 logits are 1.0 GiB, and their gradient as much again: more than
-the 4-bit weights of a small model. Only labelled positions go through the head; many of them `chunk` at a time, and each
-chunk is computed again in the backward pass.
+the 4-bit weights of a small model. Only labelled positions go through the head; many of them `chunk` at a time, and
+each chunk is computed again in the backward pass.
 """
 
 from collections.abc import Iterator
