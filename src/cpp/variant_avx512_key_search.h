@@ -1,7 +1,7 @@
 // The search of a 256-entry table for 32 values a register: number of the 255 ascending thresholds strictly below s.
 //
 // Numbers of [-1, 1] become keys of 16 bits that order as they do: a threshold with a lower key is below s for certain.
-// Only where a threshold has the very key of s must the numbers themselves say (one value in 80): `tied` names those, and
+// Only where a threshold has the very key of s must the numbers themselves say (one value in 190): `tied` names those, and
 // count_from finishes them.
 //
 // Bisection as in variant_avx512_search.h, with half its instructions. A threshold minus the key of s has its sign bit set
@@ -10,23 +10,27 @@
 //
 // Include in an unnamed namespace of an AVX-512 variant file.
 struct KeySearch {
+  __m512 scale;
   __m512i few[6];  // keys of levels 0 to 5, 1 to 32 of them; the shorter ones repeat
   __m512i level6[2], level7[4];
 
-  // Monotonic: one rounding, to multiples of 2^-14, whose number is then the low half of the bits. |s| <= kLimit.
+  // Monotonic: one rounding, to multiples of 2^-15, whose number is then the low half of the bits. |s| <= kLimit.
   static constexpr float kLimit = 1.0f + 0x1p-16f;
-  static QLORA_INLINE __m512i key(__m512 s) {
-    const __m512 below_one = _mm512_set1_ps(1.0f - 0x1p-14f);  // differences of keys then fit in 16 bits
-    return _mm512_castps_si512(_mm512_fmadd_ps(s, below_one, _mm512_set1_ps(768.0f)));
+  QLORA_INLINE __m512i key(__m512 s) const {
+    return _mm512_castps_si512(_mm512_fmadd_ps(s, scale, _mm512_set1_ps(384.0f)));
   }
   // Of 32, in their order.
-  static QLORA_INLINE __m512i keys(__m512 first, __m512 second) {
+  QLORA_INLINE __m512i keys(__m512 first, __m512 second) const {
     const __m512i low_halves = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32,  //
                                                 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     return _mm512_permutex2var_epi16(key(first), low_halves, key(second));
   }
 
-  QLORA_INLINE explicit KeySearch(const float* thresholds) {
+  // Differences of keys must fit in 16 bits: of the middle threshold, and of two numbers on the same side of it, as the
+  // first comparison leaves no others.
+  QLORA_INLINE explicit KeySearch(const float* thresholds)
+      : scale(_mm512_div_ps(_mm512_set1_ps(1.0f - 0x1p-13f),
+                            _mm512_add_ps(_mm512_set1_ps(1.0f), _mm512_abs_ps(_mm512_set1_ps(thresholds[127]))))) {
     alignas(64) int16_t ascending[256], level[128];
     const auto clamped = [&](int from) {  // what is beyond the limit is above, or below, every s
       const __m512 t = _mm512_maskz_loadu_ps(from < 240 ? 0xffff : 0x7fff, thresholds + from);

@@ -33,7 +33,7 @@ QLORA_INLINE void encode(const KeySearch& search, const float* thresholds, const
   __mmask32 tied[N];
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
-    key[i] = KeySearch::keys(group.normalized(absmax + 32 * i), group.normalized(absmax + 32 * i + 16));
+    key[i] = search.keys(group.normalized(absmax + 32 * i), group.normalized(absmax + 32 * i + 16));
   }
   search(key, count, tied);
 #pragma GCC unroll 8
