@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <fstream>
 
+#include "../src/cpp/variant.h"
+
 namespace parity {
 namespace {
 
@@ -135,6 +137,36 @@ void dequantize_cases() {
     }
     for (int64_t n : {0, 1, 2, 15, 16, 31, 32, 33, 63, 64, 65, 127, 128, 129})
       dequantize_case(dtype, 1, n, 64, 0, 0, 0);
+  }
+}
+
+// The sum of absmax that quantize returns: NaN, or right as far as an order of adding can be; known for ordinary weights.
+void sum_case(DType dtype, Data data, int64_t n, int64_t block_size, size_t which) {
+  const Codebook& codebook = codebooks[which];
+  Input x = numbers(data, dtype, n, codebook.thresholds, uint64_t(n));
+  Bytes packed(size_t(n / 2 + 1));
+  std::vector<float> absmax(size_t(blocks_of(n, block_size)));
+  for (const std::string& name_of_variant : cpu_variants()) {
+    set_cpu_variant(name_of_variant);
+    ++cases;
+    const double sum = variant().quantize[int(dtype)](x.data(), n, block_size, codebook, packed.data(), absmax.data());
+    double want = 0;
+    for (float value : absmax) want += value;
+    const double bound = double(absmax.size() + 8) * 0x1p-52 * want;
+    const bool known = !std::isnan(sum), must = data == Data::normal && !codebook.signed_absmax;
+    if (known ? codebook.signed_absmax || !(std::fabs(sum - want) <= bound) : must) {
+      fail(name_of_variant + name(" sum of absmax, dtype data n block codebook =", dtype, data, n, block_size, which));
+    }
+  }
+}
+
+void sum_cases() {
+  for (DType dtype : kDTypes) {
+    for (int data = 0; data < int(Data::count); ++data) {
+      for (size_t which = 0; which < codebooks.size(); ++which) {
+        for (int64_t n : {1, 64, 685, 4096}) sum_case(dtype, Data(data), n, 64, which);
+      }
+    }
   }
 }
 
@@ -454,6 +486,7 @@ int main(int argc, char** argv) {
     return 2;
   }
   quantize_cases();
+  sum_cases();
   dequantize_cases();
   double_quantize_cases();
   for (DType dtype : kDTypes) {

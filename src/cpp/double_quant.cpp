@@ -3,6 +3,7 @@
 #include <mutex>
 
 #include "dequantize_run.h"
+#include "math.h"
 #include "parallel.h"
 
 namespace qlora {
@@ -17,22 +18,28 @@ bool sums_are_exact(const float* absmax, int64_t n, double sum) {
   return sum < double(smallest) * 0x1p42;
 }
 
+double sum_of_positive(const float* x, int64_t n) {
+  double lanes[8] = {}, sum = 0;  // independent, so that additions overlap
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    lanes[i % 8] += x[i];
+    bits |= float_to_bits(x[i]);
+  }
+  for (double lane : lanes) sum += lane;
+  return bits >> 31 ? std::numeric_limits<double>::quiet_NaN() : sum;
+}
+
 // quantize_4bit, and the mean of its absmax; whether that is certain.
 bool quantize_with_mean(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook,
                         uint8_t* packed, float* absmax, float* mean) {
   const Variant& isa = variant();
-  constexpr int64_t kStep = 512 * 1024;  // elements: their absmax are added while they are in the cache
   std::mutex adding;
   double sum = 0;
   parallel_for(n, 32 * 1024, [&](int64_t begin, int64_t end) {
-    double part = 0;
-    for (int64_t first = begin; first < end; first += kStep) {
-      const int64_t size = std::min(kStep, end - first), blocks = (size + block_size - 1) / block_size;
-      float* of_blocks = absmax + first / block_size;
-      isa.quantize[int(dtype)](static_cast<const char*>(x) + first * element_size(dtype), size, block_size, codebook,
-                               packed + first / 2, of_blocks);
-      part += isa.sum_of_positive(of_blocks, blocks);
-    }
+    float* of_blocks = absmax + begin / block_size;
+    double part = isa.quantize[int(dtype)](static_cast<const char*>(x) + begin * element_size(dtype), end - begin,
+                                           block_size, codebook, packed + begin / 2, of_blocks);
+    if (part != part) part = sum_of_positive(of_blocks, parts(end - begin, block_size));  // not known, or NaN
     const std::lock_guard<std::mutex> lock(adding);
     sum += part;
   });

@@ -3,10 +3,36 @@
 //
 // Include in an unnamed namespace of a variant file (see variant.h about inlining).
 
-// encode(x, 1 / absmax, packed) writes the codes of one block.
+// The exact sum of positive numbers that lie within 16 octaves, the first one in the middle, in integers: the loop over
+// the blocks waits for vectors, and an addition of floats would be one more of those.
+struct SumOfAbsmax {
+  static constexpr int64_t kMost = int64_t(1) << 25;  // numbers: of 24 + 15 bits
+  uint64_t sum = 0;                                   // in units of 2^(lowest - 150)
+  int lowest = 0;
+  uint32_t shifts = 0;  // all bits that occurred; at most 15 if all numbers fitted
+
+  QLORA_INLINE void add(uint32_t bits) {  // of a normal number, or Inf and NaN, which never fit
+    const int exponent = int(bits >> 23);
+    if (!sum) lowest = exponent < 246 ? exponent - 8 : 238;
+    const uint32_t shift = uint32_t(exponent - lowest);
+    shifts |= shift;
+    sum += uint64_t((bits & 0x7fffff) | 0x800000) << (shift & 15);
+  }
+  QLORA_INLINE double value() const {
+    const uint64_t unit = uint64_t(lowest - 150 + 1023) << 52;
+    double number;
+    memcpy(&number, &unit, sizeof number);
+    return shifts <= 15 ? double(sum) * number : double(kNaN);
+  }
+};
+
+// encode(x, 1 / absmax, packed) writes the codes of one block. Returns the sum of absmax where that costs nothing.
 template <DType dtype, class Encode>
-QLORA_INLINE void quantize_each_block(const typename Element<dtype>::type* x, int64_t n, int64_t block_size,
-                                      const Codebook& codebook, uint8_t* packed, float* absmax, const Encode& encode) {
+QLORA_INLINE double quantize_each_block(const typename Element<dtype>::type* x, int64_t n, int64_t block_size,
+                                        const Codebook& codebook, uint8_t* packed, float* absmax,
+                                        const Encode& encode) {
+  SumOfAbsmax sum;
+  bool known = !codebook.signed_absmax && n / block_size < SumOfAbsmax::kMost;
   for (; n >= block_size; n -= block_size, x += block_size, packed += block_size / 2, ++absmax) {
     uint32_t largest = largest_magnitude<dtype>(x, block_size);
     float scale = largest >= kInfinityBits ? kNaN : bits_to_float(largest);
@@ -17,11 +43,15 @@ QLORA_INLINE void quantize_each_block(const typename Element<dtype>::type* x, in
     }
     if (scale > kLargestInvertible) {
       scalar_variant.quantize[int(dtype)](x, block_size, block_size, codebook, packed, absmax);
+      known = false;
       continue;
     }
     if (codebook.signed_absmax && largest < kInfinityBits && !contains<dtype>(x, block_size, scale)) scale = -scale;
     *absmax = scale;
+    sum.add(largest);
     encode(x, 1.0f / scale, packed);
   }
-  if (n) scalar_variant.quantize[int(dtype)](x, n, block_size, codebook, packed, absmax);
+  double last = 0;
+  if (n) last = scalar_variant.quantize[int(dtype)](x, n, block_size, codebook, packed, absmax);
+  return known ? sum.value() + last : double(kNaN);
 }

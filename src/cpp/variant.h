@@ -143,8 +143,9 @@ struct Variant {
   const char* name;
 
   // By DType. A run starts at a block boundary; its last block may be short, its last byte half used.
-  void (*quantize[3])(const void* x, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
-                      float* absmax);
+  // Returns the float64 sum of the absmax, added in any order; NaN where it is not known.
+  double (*quantize[3])(const void* x, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
+                        float* absmax);
   void (*dequantize[3])(const uint8_t* packed, const BlockAbsmax& absmax, int64_t n, int64_t block_size,
                         const Codebook& codebook, void* out);
   // By DType, null where there is none: whole nested groups from `group` on, as nested_values and dequantize give them.
@@ -156,8 +157,6 @@ struct Variant {
                           uint8_t* codes, float* nested_absmax);
   // values[code] = absmax' of each of the 256 codes in a nested group
   void (*nested_values)(const float* map, float nested_absmax, float mean, float* values);
-  // The float64 sum of float32 values, in any order; NaN if one has its sign bit set
-  double (*sum_of_positive)(const float* x, int64_t n);
 
   // By DType, null where there is none: rows begin .. end of y = x W'^T + bias. Whole blocks a row, block_size >= 64.
   void (*linear_rows[3])(const LinearRows& call, LinearScratch& scratch, int64_t begin, int64_t end);

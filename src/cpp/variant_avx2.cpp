@@ -55,11 +55,12 @@ bool contains(const typename Element<dtype>::type* x, int64_t size, float value)
 #include "quantize_tile.h"
 
 template <DType dtype>
-void quantize(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed, float* absmax) {
+double quantize(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
+                float* absmax) {
   using T = typename Element<dtype>::type;
   auto* x = static_cast<const T*>(x_);
   const __m256i code_of = _mm256_broadcastsi128_si256(load_bytes16(codebook.order));
-  quantize_each_block<dtype>(
+  return quantize_each_block<dtype>(
       x, n, block_size, codebook, packed, absmax,
       [&](const T* x, float inverse, uint8_t* packed) __attribute__((always_inline)) {
         for (int64_t i = 0; i < block_size; i += 8) {

@@ -150,41 +150,42 @@ struct Bisection {
 #include "quantize_tile.h"
 
 template <DType dtype, bool in_value_order, class Count>
-void quantize_blocks(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
-                     float* absmax, const Count& count_below_all) {
+double quantize_blocks(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
+                       float* absmax, const Count& count_below_all) {
   using T = typename Element<dtype>::type;
   auto* x = static_cast<const T*>(x_);
   alignas(64) int32_t order[16];
   for (int i = 0; i < 16; ++i) order[i] = codebook.order[i];
   const __m512i code_of = _mm512_load_si512(order);
-  quantize_each_block<dtype>(x, n, block_size, codebook, packed, absmax,
-                             [&](const T* x, float inverse, uint8_t* packed) __attribute__((always_inline)) {
-                               for (int64_t i = 0; i < block_size; i += 32) {
-                                 Pair pair = load_pair<dtype>(x + i);
-                                 __m512i even = count_below_all(_mm512_mul_ps(pair.even, _mm512_set1_ps(inverse)));
-                                 __m512i odd = count_below_all(_mm512_mul_ps(pair.odd, _mm512_set1_ps(inverse)));
-                                 if (!in_value_order) {
-                                   even = _mm512_permutexvar_epi32(even, code_of);
-                                   odd = _mm512_permutexvar_epi32(odd, code_of);
-                                 }
-                                 __m512i bytes = _mm512_or_si512(_mm512_slli_epi32(even, 4), odd);
-                                 _mm_storeu_si128(reinterpret_cast<__m128i*>(packed + i / 2),
-                                                  _mm512_cvtepi32_epi8(bytes));
-                               }
-                             });
+  return quantize_each_block<dtype>(
+      x, n, block_size, codebook, packed, absmax,
+      [&](const T* x, float inverse, uint8_t* packed) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < block_size; i += 32) {
+          Pair pair = load_pair<dtype>(x + i);
+          __m512i even = count_below_all(_mm512_mul_ps(pair.even, _mm512_set1_ps(inverse)));
+          __m512i odd = count_below_all(_mm512_mul_ps(pair.odd, _mm512_set1_ps(inverse)));
+          if (!in_value_order) {
+            even = _mm512_permutexvar_epi32(even, code_of);
+            odd = _mm512_permutexvar_epi32(odd, code_of);
+          }
+          __m512i bytes = _mm512_or_si512(_mm512_slli_epi32(even, 4), odd);
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(packed + i / 2), _mm512_cvtepi32_epi8(bytes));
+        }
+      });
 }
 
 template <DType dtype>
-void quantize(const void* x, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed, float* absmax) {
+double quantize(const void* x, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
+                float* absmax) {
   bool in_value_order = true;
   for (int i = 0; i < 16; ++i) in_value_order = in_value_order && codebook.order[i] == i;
   Bins bins(codebook.thresholds);
   if (bins.usable && in_value_order) {
-    quantize_blocks<dtype, true>(x, n, block_size, codebook, packed, absmax, bins);
+    return quantize_blocks<dtype, true>(x, n, block_size, codebook, packed, absmax, bins);
   } else if (bins.usable) {
-    quantize_blocks<dtype, false>(x, n, block_size, codebook, packed, absmax, bins);
+    return quantize_blocks<dtype, false>(x, n, block_size, codebook, packed, absmax, bins);
   } else {
-    quantize_blocks<dtype, false>(x, n, block_size, codebook, packed, absmax, Bisection(codebook.thresholds));
+    return quantize_blocks<dtype, false>(x, n, block_size, codebook, packed, absmax, Bisection(codebook.thresholds));
   }
 }
 
@@ -247,22 +248,6 @@ void double_quantize(const float* absmax, int64_t n, int64_t nested_block_size, 
 
 void nested_values(const float* map, float nested_absmax, float mean, float* values) {
   decode_map(map, nested_absmax, mean, values);
-}
-
-double sum_of_positive(const float* x, int64_t n) {
-  __m512d sum[4] = {};
-  __m256i bits = _mm256_setzero_si256();
-  const auto add = [&](__m256 values, __m512d& sum) {
-    bits = _mm256_or_si256(bits, _mm256_castps_si256(values));
-    sum = _mm512_add_pd(sum, _mm512_cvtps_pd(values));
-  };
-  int64_t i = 0;
-  for (; i + 32 <= n; i += 32) {
-    for (int k = 0; k < 4; ++k) add(_mm256_loadu_ps(x + i + 8 * k), sum[k]);
-  }
-  for (; i < n; i += 8) add(_mm256_maskz_loadu_ps(__mmask8(first_lanes(n - i)), x + i), sum[0]);
-  if (_mm256_movepi32_mask(bits)) return double(kNaN);
-  return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(sum[0], sum[1]), _mm512_add_pd(sum[2], sum[3])));
 }
 
 // --- AdamW ---------------------------------------------------------------------------------------------------------------
@@ -419,7 +404,6 @@ void extend(Variant& variant) {
   variant.lora[int(DType::f32)] = f32_lora;
   variant.double_quantize = double_quantize;
   variant.nested_values = nested_values;
-  variant.sum_of_positive = sum_of_positive;
   variant.adamw = adamw_loops<AdamWLanes>;
 }
 

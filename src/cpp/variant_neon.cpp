@@ -176,12 +176,12 @@ struct Bisection {
 #include "quantize_tile.h"
 
 template <DType dtype, class Count>
-void quantize_blocks(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
-                     float* absmax, const Count& count_below_all) {
+double quantize_blocks(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
+                       float* absmax, const Count& count_below_all) {
   using T = typename Element<dtype>::type;
   auto* x = static_cast<const T*>(x_);
   const uint8x16_t code_of = vld1q_u8(codebook.order);
-  quantize_each_block<dtype>(
+  return quantize_each_block<dtype>(
       x, n, block_size, codebook, packed, absmax,
       [&](const T* x, float inverse, uint8_t* packed) __attribute__((always_inline)) {
         for (int64_t i = 0; i < block_size; i += 32) {
@@ -193,12 +193,13 @@ void quantize_blocks(const void* x_, int64_t n, int64_t block_size, const Codebo
 }
 
 template <DType dtype>
-void quantize(const void* x, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed, float* absmax) {
+double quantize(const void* x, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
+                float* absmax) {
   Bins bins(codebook.thresholds);
   if (bins.usable) {
-    quantize_blocks<dtype>(x, n, block_size, codebook, packed, absmax, bins);
+    return quantize_blocks<dtype>(x, n, block_size, codebook, packed, absmax, bins);
   } else {
-    quantize_blocks<dtype>(x, n, block_size, codebook, packed, absmax, Bisection(codebook.thresholds));
+    return quantize_blocks<dtype>(x, n, block_size, codebook, packed, absmax, Bisection(codebook.thresholds));
   }
 }
 

@@ -30,16 +30,19 @@ float block_absmax(const float* x, int64_t n, bool with_sign) {
 }
 
 template <DType dtype>
-void quantize(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed, float* absmax) {
+double quantize(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
+                float* absmax) {
   using E = Element<dtype>;
   auto* x = static_cast<const typename E::type*>(x_);
   float block[kLargestBlock];
   uint8_t codes[kLargestBlock];
+  double sum = 0;
   for (int64_t start = 0; start < n; start += block_size) {
     int64_t size = n - start < block_size ? n - start : block_size;
     for (int64_t i = 0; i < size; ++i) block[i] = E::load(x[start + i]);
     float scale = block_absmax(block, size, codebook.signed_absmax);
     *absmax++ = scale;
+    sum += scale;
     if (scale == 0.0f) {
       for (int64_t i = 0; i < size; ++i) codes[i] = codebook.zero_code;
     } else {
@@ -51,6 +54,7 @@ void quantize(const void* x_, int64_t n, int64_t block_size, const Codebook& cod
     if (size % 2) codes[size] = codebook.zero_code;
     for (int64_t i = 0; i < size; i += 2) *packed++ = uint8_t(codes[i] << 4 | codes[i + 1]);
   }
+  return codebook.signed_absmax ? double(kNaN) : sum;
 }
 
 template <DType dtype>
@@ -98,17 +102,6 @@ void double_quantize(const float* absmax, int64_t n, int64_t nested_block_size, 
 
 void nested_values(const float* map, float nested_absmax, float mean, float* values) {
   for (int code = 0; code < 256; ++code) values[code] = double_decode(map[code], nested_absmax, mean);
-}
-
-double sum_of_positive(const float* x, int64_t n) {
-  double lanes[8] = {}, sum = 0;  // independent, so that additions overlap
-  uint32_t bits = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    lanes[i % 8] += x[i];
-    bits |= float_to_bits(x[i]);
-  }
-  for (double lane : lanes) sum += lane;
-  return bits >> 31 ? double(kNaN) : sum;
 }
 
 // --- AdamW ---------------------------------------------------------------------------------------------------------------
@@ -161,7 +154,6 @@ const Variant scalar_variant = {
     {},
     double_quantize,
     nested_values,
-    sum_of_positive,
     {},
     {},
     {},
