@@ -107,13 +107,13 @@ def test_absmax_that_no_quantizer_makes_as_the_reference(dtype):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None and "CXX" not in os.environ, reason="no C++ compiler (g++, or set CXX)")
-def test_threads_do_not_race(tables, tmp_path):
-    """ThreadSanitizer over every case, those on several threads among them. Without torch the team is plain threads,
-    which the sanitizer sees (libgomp it does not)."""
+@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+def test_sanitizers(sanitizer, tables, tmp_path):
+    """Every case, those on several threads among them: no races, and nothing outside of the tensors is read. Without torch
+    the team is plain threads, which ThreadSanitizer sees (libgomp it does not)."""
     empty = tmp_path / "empty.cpp"
     empty.write_text("int main() {}")
-    compiler = os.environ.get("CXX", "c++")
-    probe = subprocess.run([compiler, "-fsanitize=thread", empty, "-o", tmp_path / "empty"], capture_output=True)
-    if probe.returncode:
-        pytest.skip(f"{compiler} has no -fsanitize=thread (apt-get install libtsan2, or the one of your compiler)")
-    run(build("tsan", "-DCMAKE_CXX_FLAGS=-fsanitize=thread", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"), tables)
+    compiler, flag = os.environ.get("CXX", "c++"), f"-fsanitize={sanitizer}"
+    if subprocess.run([compiler, flag, empty, "-o", tmp_path / "empty"], capture_output=True).returncode:
+        pytest.skip(f"{compiler} has no {flag} (apt-get install libtsan2 libasan8, or those of your compiler)")
+    run(build(sanitizer, f"-DCMAKE_CXX_FLAGS={flag}", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"), tables)
