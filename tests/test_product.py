@@ -11,7 +11,7 @@ from qlora_ref.testing.compare import assert_bits_equal, assert_within_bound, bo
 pytestmark = pytest.mark.skipif(native.cpu is None, reason=f"no native CPU: {native.missing['cpu']}")
 FORWARD, BACKWARD = torch.ops.qlora_ref.linear_4bit, torch.ops.qlora_ref.linear_4bit_backward
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# (tokens, out, in). A panel has 64 features; 4096 elements of the sum in bfloat16 and 2048 else, an eighth of it for
+# (tokens, out, in). A panel has 64 features; 4096 elements of the sum in bfloat16 and 2048 else, a quarter of it for
 # dx; 512 tokens go over it at a time.
 SIZES = [
     (33, 64, 64),
@@ -24,6 +24,8 @@ SIZES = [
     (36, 64, 9000),
     (600, 130, 70),  # two parts of the tokens
     (33, 65, 2600),  # dx by several panels together, the last group of them short
+    (40, 72, 4160),  # two parts of whole 64s; the last 8 rows are no whole 16
+    (34, 2080, 320),  # three parts in dx, panels together and one more
     (35, 1, 1),
     (35, 2, 1),
 ]
@@ -75,11 +77,21 @@ def test_the_error_of_a_long_sum_is_torchs(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "config", [QuantConfig(), QuantConfig(double_quant=False, block_size=128)], ids=["nested", "flat"]
+    "config",
+    [
+        QuantConfig(),
+        QuantConfig(nested_block_size=32),
+        QuantConfig(double_quant=False),
+        QuantConfig(double_quant=False, block_size=128),
+        QuantConfig(double_quant=False, block_size=32),
+        QuantConfig("bof4_s", double_quant=False),
+    ],
+    ids=str,
 )
-def test_the_same_weight_as_dequantize_bit_for_bit(dtype, config):
+@pytest.mark.parametrize("rows, cols", [(130, 200), (150, 320), (16, 64)])
+def test_the_same_weight_as_dequantize_bit_for_bit(rows, cols, dtype, config, threads):
     """Tokens with a single 1: y are columns of W' and dx are rows of it."""
-    rows, cols = 130, 200
+    threads(1)  # then panels of dx are decoded together
     weight, *_ = problem(1, rows, cols, dtype, config)
     W = torch.ops.qlora_ref.dequantize_4bit(*weight, (rows, cols), dtype)
     assert_bits_equal(FORWARD(torch.eye(cols).to(dtype), *weight, rows, None) + 0, W.T.contiguous() + 0)
@@ -88,7 +100,9 @@ def test_the_same_weight_as_dequantize_bit_for_bit(dtype, config):
 
 @needs_product
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [(601, 1000, 2600), (40, 1100, 2600), (40, 4096, 2048), (1100, 70, 65)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(601, 1000, 2600), (40, 1100, 2600), (40, 4096, 2048), (40, 1100, 2624), (1100, 70, 65)], ids=str
+)
 def test_no_dependence_on_threads_or_on_the_tokens_beside(size, dtype, threads):
     """How many panels of dx are decoded together depends on the threads; where the sum is cut must not."""
     weight, x, dy, bias = problem(*size, dtype)

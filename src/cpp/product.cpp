@@ -13,11 +13,11 @@ namespace qlora {
 namespace {
 
 constexpr int64_t kPanelMemory = 512 * 1024;  // of a thread, in its second-level cache
-constexpr int64_t kTogether = 8;              // panels of dx, at most: of a row of the weight 256 bytes
+constexpr int64_t kTogether = 4;              // panels of dx, at most: of a row of the weight 128 bytes
 constexpr int64_t kTokensAtOnce = 512;        // whose x stays in the third-level cache
 
-// n in equal parts of at most `at_most`, all but the last a multiple of 32
-int64_t part(int64_t n, int64_t at_most) { return parts(parts(n, parts(n, at_most)), 32) * 32; }
+// n in equal parts of at most `at_most`, all but the last a multiple of 64
+int64_t part(int64_t n, int64_t at_most) { return parts(parts(n, parts(n, at_most)), 64) * 64; }
 
 // How many rows of the weight are fetched ahead: whole ones, and short pieces, which lie far apart. The processor does not
 // foresee those at all.
@@ -32,6 +32,12 @@ void prefetch(const Weight4bit& weight, int64_t first, int64_t count) {
   } else {
     __builtin_prefetch(weight.absmax.absmax + block);
   }
+}
+
+// `shift`: log2 of the blocks of a nested group
+float absmax_at(const Absmax& absmax, int64_t block, int shift) {
+  if (!absmax.codes) return absmax.absmax[block];
+  return double_decode(absmax.map[absmax.codes[block]], absmax.nested_absmax[block >> shift], *absmax.mean);
 }
 
 // `more` for the tokens from `token` and the panel from `feature` on.
@@ -117,6 +123,11 @@ struct Product {
     const int64_t stride = parts(size, 32) * 32;
     char* rows = memory.reserve(kPanelRows * stride * element_size(dtype));
     for (int64_t lane = 0; lane < kPanelFeatures; lane += kPanelRows) {
+      if (lane + kPanelRows <= width && loops.decode_features && in_one(first, size)) {
+        loops.decode_features(packed_rows(scales, feature + lane, first, size, kWholeAhead, memory), codebook,
+                              panel + lane * 4);
+        continue;
+      }
       decode_rows(scales, feature + lane, feature + width, first, size, kWholeAhead, rows, stride);
       loops.pack_features(rows, stride, size, panel + lane * 4);
     }
@@ -127,9 +138,30 @@ struct Product {
     const int64_t stride = parts(width, kPanelFeatures) * kPanelFeatures;
     char* rows = memory.reserve(kPanelRows * stride * element_size(dtype));
     for (int64_t k = 0; k < size; k += kPanelRows, panels += kPanelRows / elements * kPanelBytes) {
+      if (k + kPanelRows <= size && loops.decode_sum && in_one(feature, width)) {
+        loops.decode_sum(packed_rows(scales, first + k, feature, width, kPiecesAhead, memory), codebook, panels,
+                         panel_bytes);
+        continue;
+      }
       decode_rows(scales, first + k, first + size, feature, width, kPiecesAhead, rows, stride);
       loops.pack_sum(rows, stride, stride, panels, panel_bytes);
     }
+  }
+  // Whether columns col .. col + count can be decoded and packed in one: 64s of one block each.
+  bool in_one(int64_t col, int64_t count) const { return (weight.cols | col | count | weight.block_size) % 64 == 0; }
+  // Columns col .. col + count of kPanelRows rows; their absmax go to `memory`.
+  PackedRows packed_rows(const RunScales& scales, int64_t row, int64_t col, int64_t count, int64_t ahead,
+                         KeptMemory& memory) const {
+    const int64_t parts = count / 64;
+    auto* absmax = reinterpret_cast<float*>(memory.reserve(kPanelRows * parts * int64_t(sizeof(float))));
+    for (int64_t r = 0; r < kPanelRows; ++r) {
+      const int64_t first = (row + r) * weight.cols + col;
+      prefetch(weight, first + ahead * weight.cols, count);
+      for (int64_t i = 0; i < parts; ++i) {
+        absmax[r * parts + i] = absmax_at(weight.absmax, (first + 64 * i) >> scales.block_shift, scales.group_shift);
+      }
+    }
+    return {weight.packed + (row * weight.cols + col) / 2, weight.cols / 2, parts, absmax};
   }
   // Columns col .. col + count of kPanelRows rows of the weight -> out, zeros behind them and for the rows from `end` on.
   void decode_rows(RunScales& scales, int64_t row, int64_t end, int64_t col, int64_t count, int64_t ahead, char* out,

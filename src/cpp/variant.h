@@ -86,6 +86,13 @@ struct ProductPiece {
   bool onto;                   // y += instead
   ProductMore more;
 };
+// kPanelRows rows of a weight, `parts` times 64 elements of each; every 64 lie within one block.
+struct PackedRows {
+  const uint8_t* packed;
+  int64_t stride;  // bytes from row to row
+  int64_t parts;
+  const float* absmax;  // (kPanelRows, parts)
+};
 struct ProductLoops {
   int element_bytes;  // of x
   // kPanelRows decoded rows, `stride` elements apart, zeros behind `depth` up to a multiple of 32. They are
@@ -95,6 +102,9 @@ struct ProductLoops {
   void (*pack_sum)(const void* rows, int64_t stride, int64_t width, void* panels, int64_t panel_bytes);
   void (*multiply)(const ProductPiece& piece);
   void (*widen)(const void* x, int64_t n, float* out);  // to the element of x, where it is not the dtype itself
+  // Decoding and packing in one, or null
+  void (*decode_features)(const PackedRows& rows, const Codebook& codebook, void* panel);
+  void (*decode_sum)(const PackedRows& rows, const Codebook& codebook, void* panels, int64_t panel_bytes);
 };
 
 // --- LoRA: elements in dwords as above, float32 sums ---

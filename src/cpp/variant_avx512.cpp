@@ -372,9 +372,13 @@ struct F32Product {
 };
 
 template <DType dtype>
-constexpr ProductLoops f32_product = {4, pack_features<F32Product<dtype>>, pack_sum<F32Product<dtype>>,
+constexpr ProductLoops f32_product = {4,
+                                      pack_features<F32Product<dtype>>,
+                                      pack_sum<F32Product<dtype>>,
                                       multiply<F32Product<dtype>>,
-                                      dtype == DType::f32 ? nullptr : F32Product<dtype>::widen};
+                                      dtype == DType::f32 ? nullptr : F32Product<dtype>::widen,
+                                      nullptr,
+                                      nullptr};
 
 // --- LoRA ----------------------------------------------------------------------------------------------------------------
 

@@ -148,6 +148,8 @@ struct BF16Product {
   }
 };
 
+#include "variant_avx512_bf16_panel.h"
+
 // --- LoRA ----------------------------------------------------------------------------------------------------------------
 
 #include "variant_avx512_bf16_lora.h"
@@ -160,8 +162,9 @@ void extend(Variant& variant) {
   variant.linear_rows[int(DType::bf16)] = linear_rows<BF16Lanes, DType::bf16>;
   variant.linear_prepare[int(DType::bf16)] = linear_prepare<BF16Lanes, DType::bf16>;
   variant.linear_x_bytes[int(DType::bf16)] = 2;
-  variant.product[int(DType::bf16)] = {2, pack_features<BF16Product>, pack_sum<BF16Product>, multiply<BF16Product>,
-                                       nullptr};
+  variant.product[int(DType::bf16)] = {
+      2,         pack_features<BF16Product>, pack_sum<BF16Product>, multiply<BF16Product>, nullptr, decode_features,
+      decode_sum};
   variant.lora[int(DType::bf16)] = bf16_lora;
 }
 
