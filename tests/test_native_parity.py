@@ -109,8 +109,10 @@ def test_absmax_that_no_quantizer_makes_as_the_reference(dtype):
 @pytest.mark.skipif(shutil.which("c++") is None and "CXX" not in os.environ, reason="no C++ compiler (g++, or set CXX)")
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
 def test_sanitizers(sanitizer, tables, tmp_path):
-    """Every case, those on several threads among them: no races, and nothing outside of the tensors is read. Without torch
-    the team is plain threads, which ThreadSanitizer sees (libgomp it does not)."""
+    """Every case, those on several threads among them: no races, and nothing outside of the tensors is read.
+
+    Without torch the team is plain threads, which ThreadSanitizer sees (libgomp it does not).
+    """
     empty = tmp_path / "empty.cpp"
     empty.write_text("int main() {}")
     compiler, flag = os.environ.get("CXX", "c++"), f"-fsanitize={sanitizer}"
