@@ -23,10 +23,10 @@ int64_t part(int64_t n, int64_t at_most) { return parts(parts(n, parts(n, at_mos
 // foresee those at all.
 constexpr int64_t kWholeAhead = 4, kPiecesAhead = 16;
 
-void prefetch(const Weight4bit& weight, int64_t first, int64_t count) {
+void prefetch(const Weight4bit& weight, const RunScales& scales, int64_t first, int64_t count) {
   const uint8_t* packed = weight.packed + first / 2;
   for (int64_t i = 0; i < count / 2; i += 64) __builtin_prefetch(packed + i, 0, 2);
-  const int64_t block = first / weight.block_size;
+  const int64_t block = first >> scales.block_shift;
   if (weight.absmax.codes) {
     __builtin_prefetch(weight.absmax.codes + block);
   } else {
@@ -34,10 +34,18 @@ void prefetch(const Weight4bit& weight, int64_t first, int64_t count) {
   }
 }
 
-// `shift`: log2 of the blocks of a nested group
-float absmax_at(const Absmax& absmax, int64_t block, int shift) {
-  if (!absmax.codes) return absmax.absmax[block];
-  return double_decode(absmax.map[absmax.codes[block]], absmax.nested_absmax[block >> shift], *absmax.mean);
+// out[i] = absmax of the block of element first + 64 i
+void absmax_of_parts(const Absmax& absmax, const RunScales& scales, int64_t first, int64_t parts, float* out) {
+  const auto block = [&](int64_t i) { return (first + 64 * i) >> scales.block_shift; };
+  if (!absmax.codes) {
+    for (int64_t i = 0; i < parts; ++i) out[i] = absmax.absmax[block(i)];
+    return;
+  }
+  const float mean = *absmax.mean;
+  for (int64_t i = 0; i < parts; ++i) {
+    out[i] =
+        double_decode(absmax.map[absmax.codes[block(i)]], absmax.nested_absmax[block(i) >> scales.group_shift], mean);
+  }
 }
 
 // `more` for the tokens from `token` and the panel from `feature` on.
@@ -156,10 +164,8 @@ struct Product {
     auto* absmax = reinterpret_cast<float*>(memory.reserve(kPanelRows * parts * int64_t(sizeof(float))));
     for (int64_t r = 0; r < kPanelRows; ++r) {
       const int64_t first = (row + r) * weight.cols + col;
-      prefetch(weight, first + ahead * weight.cols, count);
-      for (int64_t i = 0; i < parts; ++i) {
-        absmax[r * parts + i] = absmax_at(weight.absmax, (first + 64 * i) >> scales.block_shift, scales.group_shift);
-      }
+      prefetch(weight, scales, first + ahead * weight.cols, count);
+      absmax_of_parts(weight.absmax, scales, first, parts, absmax + r * parts);
     }
     return {weight.packed + (row * weight.cols + col) / 2, weight.cols / 2, parts, absmax};
   }
@@ -169,7 +175,7 @@ struct Product {
     const int64_t bytes = element_size(dtype);
     for (int64_t r = row; r < row + kPanelRows; ++r, out += stride * bytes) {
       const int64_t filled = r < end ? count : 0;
-      prefetch(weight, (r + ahead) * weight.cols + col, count);
+      prefetch(weight, scales, (r + ahead) * weight.cols + col, count);
       if (filled) dequantize_run(weight, codebook, scales, r * weight.cols + col, count, dtype, out);
       memset(out + filled * bytes, 0, size_t((stride - filled) * bytes));
     }
