@@ -58,6 +58,7 @@ QLORA_INLINE void down_product(const char* x, int64_t stride, int64_t in, const 
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) sum[t][0] = sum[t][1] = _mm512_setzero_ps();
     for (; row + 2 <= end; row += 2, w += 2) {
+      __builtin_prefetch(x + (T + row / 2 % 8) * stride + 4 * row);  // of the tokens after these, a line each
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
 #pragma GCC unroll 8
