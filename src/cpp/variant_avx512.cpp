@@ -326,6 +326,7 @@ struct F32Product {
   using E = Element<dtype>;
   using T = typename E::type;
   static constexpr int kElements = 1;  // a dword
+  static constexpr int kOutputBytes = int(sizeof(T));
   static constexpr int64_t kRun = 256;
 
   static QLORA_INLINE __m512 add(__m512 sum, __m512i x, __m512i w) {

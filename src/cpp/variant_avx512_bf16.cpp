@@ -108,7 +108,8 @@ struct BF16Lanes {
 #include "variant_avx512_product.h"
 
 struct BF16Product {
-  static constexpr int kElements = 2;         // a dword
+  static constexpr int kElements = 2;  // a dword
+  static constexpr int kOutputBytes = 2;
   static constexpr int64_t kRun = INT64_MAX;  // bfloat16 is coarser than any error of the sum
 
   static QLORA_INLINE __m512 add(__m512 sum, __m512i x, __m512i w) {

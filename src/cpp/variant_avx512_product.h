@@ -13,6 +13,7 @@ template <class Lanes, int R>
 QLORA_INLINE void add_rows(__m512 (&sum)[R][kPanelRegisters], const char* x, int64_t stride, const char* panel,
                            int64_t rows) {
   for (int64_t i = 0; i < rows; ++i, x += 4, panel += kPanelBytes) {
+    if (i % 2 == 0) __builtin_prefetch(x + (R + i / 2 % 8) * stride);  // of the tokens after these, a line each
     __m512i w[kPanelRegisters];
 #pragma GCC unroll 8
     for (int v = 0; v < kPanelRegisters; ++v) w[v] = _mm512_load_si512(panel + 64 * v);
@@ -59,6 +60,16 @@ QLORA_INLINE void begin_with_more(const ProductMore& more, int64_t token, float*
   }
 }
 
+// The lines of y that R tokens will be written to.
+template <class Lanes, int R>
+QLORA_INLINE void fetch_outputs(const ProductPiece& piece, int64_t token) {
+  const char* y = static_cast<const char*>(piece.y) + token * piece.y_stride * Lanes::kOutputBytes;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r, y += piece.y_stride * Lanes::kOutputBytes) {
+    for (int64_t at = 0; at < kPanelFeatures * Lanes::kOutputBytes; at += 64) __builtin_prefetch(y + at, 1);
+  }
+}
+
 // R tokens of a piece, from `token` on. Every Lanes::kRun rows of the panel have a sum of their own, so that in float32
 // the error does not grow with the whole length.
 template <class Lanes, int R>
@@ -78,6 +89,7 @@ void product_tile(const ProductPiece& piece, int64_t token) {
 #pragma GCC unroll 8
       for (int v = 0; v < kPanelRegisters; ++v) sum[r][v] = _mm512_setzero_ps();
     }
+    if (piece.last && end == whole) fetch_outputs<Lanes, R>(piece, token);
     add_rows<Lanes, R>(sum, x + 4 * row, piece.x_stride, panel + row * kPanelBytes, end - row);
     if (end == whole && whole * Lanes::kElements < piece.depth) {
       add_half_row<Lanes, R>(sum, x + 4 * end, piece.x_stride, panel + end * kPanelBytes);
