@@ -140,7 +140,8 @@ void dequantize_cases() {
   }
 }
 
-// The sum of absmax that quantize returns: NaN, or right as far as an order of adding can be; known for ordinary weights.
+// What quantize returns of absmax: NaN, or the sum, right as far as an order of adding can be, and a bound of the smallest;
+// known for ordinary weights.
 void sum_case(DType dtype, Data data, int64_t n, int64_t block_size, size_t which) {
   const Codebook& codebook = codebooks[which];
   Input x = numbers(data, dtype, n, codebook.thresholds, uint64_t(n));
@@ -149,12 +150,19 @@ void sum_case(DType dtype, Data data, int64_t n, int64_t block_size, size_t whic
   for (const std::string& name_of_variant : cpu_variants()) {
     set_cpu_variant(name_of_variant);
     ++cases;
-    const double sum = variant().quantize[int(dtype)](x.data(), n, block_size, codebook, packed.data(), absmax.data());
+    const AbsmaxSum got =
+        variant().quantize[int(dtype)](x.data(), n, block_size, codebook, packed.data(), absmax.data());
     double want = 0;
-    for (float value : absmax) want += value;
+    float smallest = INFINITY;
+    for (float value : absmax) {
+      want += value;
+      if (value > 0) smallest = std::min(smallest, value);
+    }
     const double bound = double(absmax.size() + 8) * 0x1p-52 * want;
-    const bool known = !std::isnan(sum), must = data == Data::normal && !codebook.signed_absmax;
-    if (known ? codebook.signed_absmax || !(std::fabs(sum - want) <= bound) : must) {
+    const bool right = std::fabs(got.sum - want) <= bound && got.smallest <= smallest;
+    const bool near = got.smallest >= double(smallest) * 0x1p-16;
+    const bool known = !std::isnan(got.sum), must = data == Data::normal && !codebook.signed_absmax;
+    if (known ? codebook.signed_absmax || !right || !near : must) {
       fail(name_of_variant + name(" sum of absmax, dtype data n block codebook =", dtype, data, n, block_size, which));
     }
   }

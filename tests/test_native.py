@@ -144,7 +144,9 @@ def test_mean_of_the_absmax(variant):
         assert not mean_of(torch.empty(0, dtype=dtype))
     for dtype in (torch.bfloat16, torch.float16):  # few bits, so every sum is exact; the mean halfway again
         assert mean_of(torch.tensor([2.0**15, 2.0**-9]).to(dtype))
+        assert mean_of(torch.tensor([2.0**-7, 2.0**-14, *[1.5] * 1022]).to(dtype))  # numbers of like size
     assert not mean_of(torch.tensor([2.0**15, 2.0**-9, 2.0**-100, 0.0]).to(torch.bfloat16))
+    assert not mean_of(torch.tensor([2.0**-7, 2.0**-14, *[1.5] * 1022]))  # float32 could have more bits
     x = torch.tensor([-1.0]).repeat(32)  # bof4_s keeps the sign of the absmax
     assert not native.cpu._quantize_4bit_double(x, get_codebook("bof4_s", 32), 32, get_map8(), 256)[-1]
     with pytest.raises(ValueError, match="keeps the sign"):

@@ -3,52 +3,51 @@
 #include <mutex>
 
 #include "dequantize_run.h"
-#include "math.h"
 #include "parallel.h"
 
 namespace qlora {
 
 namespace {
 
-// Whether every partial sum of these numbers is exact in float64, so that no order of adding can change it: those of 16-bit
-// dtypes have at most 11 bits, so all are multiples of a power of two that is no less than 2^-11 of the smallest.
-bool sums_are_exact(const float* absmax, int64_t n, double sum) {
-  float smallest = std::numeric_limits<float>::infinity();
-  for (int64_t i = 0; i < n; ++i) smallest = absmax[i] > 0.0f && absmax[i] < smallest ? absmax[i] : smallest;
-  return sum < double(smallest) * 0x1p42;
+AbsmaxSum sum_of(const float* absmax, int64_t n) {
+  double lanes[8] = {};  // independent, so that additions overlap
+  AbsmaxSum all = {0, std::numeric_limits<double>::infinity()};
+  bool negative = false;
+  for (int64_t i = 0; i < n; ++i) {
+    const double x = absmax[i];
+    lanes[i % 8] += x;
+    negative |= x < 0;
+    if (x > 0 && x < all.smallest) all.smallest = x;
+  }
+  for (double lane : lanes) all.sum += lane;
+  if (negative) all.sum = std::numeric_limits<double>::quiet_NaN();
+  return all;
 }
 
-double sum_of_positive(const float* x, int64_t n) {
-  double lanes[8] = {}, sum = 0;  // independent, so that additions overlap
-  uint32_t bits = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    lanes[i % 8] += x[i];
-    bits |= float_to_bits(x[i]);
-  }
-  for (double lane : lanes) sum += lane;
-  return bits >> 31 ? std::numeric_limits<double>::quiet_NaN() : sum;
-}
+// Whether every partial sum of these numbers is exact in float64, so that no order of adding can change it: those of 16-bit
+// dtypes have at most 11 bits, so all are multiples of a power of two that is no less than 2^-11 of the smallest.
+bool is_exact(const AbsmaxSum& all, DType dtype) { return dtype != DType::f32 && all.sum < all.smallest * 0x1p42; }
 
 // quantize_4bit, and the mean of its absmax; whether that is certain.
 bool quantize_with_mean(const void* x, DType dtype, int64_t n, int64_t block_size, const Codebook& codebook,
                         uint8_t* packed, float* absmax, float* mean) {
   const Variant& isa = variant();
   std::mutex adding;
-  double sum = 0;
+  AbsmaxSum all = {0, std::numeric_limits<double>::infinity()};
   parallel_for(n, 32 * 1024, [&](int64_t begin, int64_t end) {
     float* of_blocks = absmax + begin / block_size;
-    double part = isa.quantize[int(dtype)](static_cast<const char*>(x) + begin * element_size(dtype), end - begin,
-                                           block_size, codebook, packed + begin / 2, of_blocks);
-    if (part != part) part = sum_of_positive(of_blocks, parts(end - begin, block_size));  // not known, or NaN
+    AbsmaxSum part = isa.quantize[int(dtype)](static_cast<const char*>(x) + begin * element_size(dtype), end - begin,
+                                              block_size, codebook, packed + begin / 2, of_blocks);
+    if (part.sum != part.sum) part = sum_of(of_blocks, parts(end - begin, block_size));  // not known, or NaN
     const std::lock_guard<std::mutex> lock(adding);
-    sum += part;
+    all = {all.sum + part.sum, std::min(all.smallest, part.smallest)};
   });
   // Two orders of adding m positive numbers differ by at most 2 (m - 1) 2^-53 of the sum; the rest covers the divisions.
   const double m = double((n + block_size - 1) / block_size), error = (m + 8) * 0x1p-52;
-  *mean = float(sum * (1 - error) / m);
-  if (*mean == float(sum * (1 + error) / m)) return true;
-  *mean = float(sum / m);  // numbers of few bits often have their mean right between two float32
-  return n > 0 && dtype != DType::f32 && sums_are_exact(absmax, int64_t(m), sum);
+  *mean = float(all.sum * (1 - error) / m);
+  if (*mean == float(all.sum * (1 + error) / m)) return true;
+  *mean = float(all.sum / m);  // numbers of few bits often have their mean right between two float32
+  return n > 0 && is_exact(all, dtype);
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 
 // The exact sum of positive numbers that lie within 16 octaves, the first one in the middle, in integers: the loop over
 // the blocks waits for vectors, and an addition of floats would be one more of those.
-struct SumOfAbsmax {
+struct ExactSum {
   static constexpr int64_t kMost = int64_t(1) << 25;  // numbers: of 24 + 15 bits
   uint64_t sum = 0;                                   // in units of 2^(lowest - 150)
   int lowest = 0;
@@ -18,21 +18,24 @@ struct SumOfAbsmax {
     shifts |= shift;
     sum += uint64_t((bits & 0x7fffff) | 0x800000) << (shift & 15);
   }
-  QLORA_INLINE double value() const {
-    const uint64_t unit = uint64_t(lowest - 150 + 1023) << 52;
-    double number;
-    memcpy(&number, &unit, sizeof number);
-    return shifts <= 15 ? double(sum) * number : double(kNaN);
+  // What `last`, of some more numbers, makes of it
+  QLORA_INLINE AbsmaxSum with(const AbsmaxSum& last) const {
+    if (!sum) return last;
+    const uint64_t bits = uint64_t(lowest - 150 + 1023) << 52;
+    double unit;
+    memcpy(&unit, &bits, sizeof unit);
+    const double smallest = unit * 0x1p23;
+    return {double(sum) * unit + last.sum, last.smallest < smallest ? last.smallest : smallest};
   }
 };
 
-// encode(x, 1 / absmax, packed) writes the codes of one block. Returns the sum of absmax where that costs nothing.
+// encode(x, 1 / absmax, packed) writes the codes of one block.
 template <DType dtype, class Encode>
-QLORA_INLINE double quantize_each_block(const typename Element<dtype>::type* x, int64_t n, int64_t block_size,
-                                        const Codebook& codebook, uint8_t* packed, float* absmax,
-                                        const Encode& encode) {
-  SumOfAbsmax sum;
-  bool known = !codebook.signed_absmax && n / block_size < SumOfAbsmax::kMost;
+QLORA_INLINE AbsmaxSum quantize_each_block(const typename Element<dtype>::type* x, int64_t n, int64_t block_size,
+                                           const Codebook& codebook, uint8_t* packed, float* absmax,
+                                           const Encode& encode) {
+  ExactSum sum;
+  bool known = !codebook.signed_absmax && n / block_size < ExactSum::kMost;
   for (; n >= block_size; n -= block_size, x += block_size, packed += block_size / 2, ++absmax) {
     uint32_t largest = largest_magnitude<dtype>(x, block_size);
     float scale = largest >= kInfinityBits ? kNaN : bits_to_float(largest);
@@ -51,7 +54,7 @@ QLORA_INLINE double quantize_each_block(const typename Element<dtype>::type* x, 
     sum.add(largest);
     encode(x, 1.0f / scale, packed);
   }
-  double last = 0;
+  AbsmaxSum last = {0, bits_to_float(kInfinityBits)};
   if (n) last = scalar_variant.quantize[int(dtype)](x, n, block_size, codebook, packed, absmax);
-  return known ? sum.value() + last : double(kNaN);
+  return known && sum.shifts <= 15 ? sum.with(last) : AbsmaxSum{kNaN, kNaN};
 }

@@ -48,6 +48,12 @@ QLORA_HD const float* absmax_of(const BlockAbsmax& absmax, int64_t block) {
   return absmax.values + (absmax.codes ? absmax.codes[block] : block);
 }
 
+// Of the absmax that quantize found. NaN where it is not known.
+struct AbsmaxSum {
+  double sum;       // in float64, added in any order
+  double smallest;  // no positive one is smaller
+};
+
 // By DType: f32, bf16.
 struct AdamWLoops {
   // By AdamWOrder: elements [begin, end) of a piece, a multiple of kAdamWRun.
@@ -153,9 +159,8 @@ struct Variant {
   const char* name;
 
   // By DType. A run starts at a block boundary; its last block may be short, its last byte half used.
-  // Returns the float64 sum of the absmax, added in any order; NaN where it is not known.
-  double (*quantize[3])(const void* x, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
-                        float* absmax);
+  AbsmaxSum (*quantize[3])(const void* x, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
+                           float* absmax);
   void (*dequantize[3])(const uint8_t* packed, const BlockAbsmax& absmax, int64_t n, int64_t block_size,
                         const Codebook& codebook, void* out);
   // By DType, null where there is none: whole nested groups from `group` on, as nested_values and dequantize give them.

@@ -55,8 +55,8 @@ bool contains(const typename Element<dtype>::type* x, int64_t size, float value)
 #include "quantize_tile.h"
 
 template <DType dtype>
-double quantize(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
-                float* absmax) {
+AbsmaxSum quantize(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
+                   float* absmax) {
   using T = typename Element<dtype>::type;
   auto* x = static_cast<const T*>(x_);
   const __m256i code_of = _mm256_broadcastsi128_si256(load_bytes16(codebook.order));

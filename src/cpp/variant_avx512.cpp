@@ -150,8 +150,8 @@ struct Bisection {
 #include "quantize_tile.h"
 
 template <DType dtype, bool in_value_order, class Count>
-double quantize_blocks(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
-                       float* absmax, const Count& count_below_all) {
+AbsmaxSum quantize_blocks(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
+                          float* absmax, const Count& count_below_all) {
   using T = typename Element<dtype>::type;
   auto* x = static_cast<const T*>(x_);
   alignas(64) int32_t order[16];
@@ -175,8 +175,8 @@ double quantize_blocks(const void* x_, int64_t n, int64_t block_size, const Code
 }
 
 template <DType dtype>
-double quantize(const void* x, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
-                float* absmax) {
+AbsmaxSum quantize(const void* x, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
+                   float* absmax) {
   bool in_value_order = true;
   for (int i = 0; i < 16; ++i) in_value_order = in_value_order && codebook.order[i] == i;
   Bins bins(codebook.thresholds);

@@ -176,8 +176,8 @@ struct Bisection {
 #include "quantize_tile.h"
 
 template <DType dtype, class Count>
-double quantize_blocks(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
-                       float* absmax, const Count& count_below_all) {
+AbsmaxSum quantize_blocks(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
+                          float* absmax, const Count& count_below_all) {
   using T = typename Element<dtype>::type;
   auto* x = static_cast<const T*>(x_);
   const uint8x16_t code_of = vld1q_u8(codebook.order);
@@ -193,8 +193,8 @@ double quantize_blocks(const void* x_, int64_t n, int64_t block_size, const Code
 }
 
 template <DType dtype>
-double quantize(const void* x, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
-                float* absmax) {
+AbsmaxSum quantize(const void* x, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
+                   float* absmax) {
   Bins bins(codebook.thresholds);
   if (bins.usable) {
     return quantize_blocks<dtype>(x, n, block_size, codebook, packed, absmax, bins);

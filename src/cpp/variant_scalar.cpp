@@ -30,19 +30,20 @@ float block_absmax(const float* x, int64_t n, bool with_sign) {
 }
 
 template <DType dtype>
-double quantize(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
-                float* absmax) {
+AbsmaxSum quantize(const void* x_, int64_t n, int64_t block_size, const Codebook& codebook, uint8_t* packed,
+                   float* absmax) {
   using E = Element<dtype>;
   auto* x = static_cast<const typename E::type*>(x_);
   float block[kLargestBlock];
   uint8_t codes[kLargestBlock];
-  double sum = 0;
+  AbsmaxSum sum = {0, bits_to_float(kInfinityBits)};
   for (int64_t start = 0; start < n; start += block_size) {
     int64_t size = n - start < block_size ? n - start : block_size;
     for (int64_t i = 0; i < size; ++i) block[i] = E::load(x[start + i]);
     float scale = block_absmax(block, size, codebook.signed_absmax);
     *absmax++ = scale;
-    sum += scale;
+    sum.sum += scale;
+    if (scale > 0.0f && scale < sum.smallest) sum.smallest = scale;
     if (scale == 0.0f) {
       for (int64_t i = 0; i < size; ++i) codes[i] = codebook.zero_code;
     } else {
@@ -54,7 +55,7 @@ double quantize(const void* x_, int64_t n, int64_t block_size, const Codebook& c
     if (size % 2) codes[size] = codebook.zero_code;
     for (int64_t i = 0; i < size; i += 2) *packed++ = uint8_t(codes[i] << 4 | codes[i + 1]);
   }
-  return codebook.signed_absmax ? double(kNaN) : sum;
+  return codebook.signed_absmax ? AbsmaxSum{kNaN, kNaN} : sum;
 }
 
 template <DType dtype>
