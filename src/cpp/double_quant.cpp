@@ -9,6 +9,7 @@ namespace qlora {
 
 namespace {
 
+// Where the variant does not know.
 AbsmaxSum sum_of(const float* absmax, int64_t n) {
   double lanes[8] = {};  // independent, so that additions overlap
   AbsmaxSum all = {0, std::numeric_limits<double>::infinity()};

@@ -132,7 +132,7 @@ struct Product {
     char* rows = memory.reserve(kPanelRows * stride * element_size(dtype));
     for (int64_t lane = 0; lane < kPanelFeatures; lane += kPanelRows) {
       if (lane + kPanelRows <= width && loops.decode_features && in_one(first, size)) {
-        loops.decode_features(packed_rows(scales, feature + lane, first, size, kWholeAhead, memory), codebook,
+        loops.decode_features(packed_rows(scales, feature + lane, first, size, kWholeAhead, rows), codebook,
                               panel + lane * 4);
         continue;
       }
@@ -147,7 +147,7 @@ struct Product {
     char* rows = memory.reserve(kPanelRows * stride * element_size(dtype));
     for (int64_t k = 0; k < size; k += kPanelRows, panels += kPanelRows / elements * kPanelBytes) {
       if (k + kPanelRows <= size && loops.decode_sum && in_one(feature, width)) {
-        loops.decode_sum(packed_rows(scales, first + k, feature, width, kPiecesAhead, memory), codebook, panels,
+        loops.decode_sum(packed_rows(scales, first + k, feature, width, kPiecesAhead, rows), codebook, panels,
                          panel_bytes);
         continue;
       }
@@ -157,11 +157,11 @@ struct Product {
   }
   // Whether columns col .. col + count can be decoded and packed in one: 64s of one block each.
   bool in_one(int64_t col, int64_t count) const { return (weight.cols | col | count | weight.block_size) % 64 == 0; }
-  // Columns col .. col + count of kPanelRows rows; their absmax go to `memory`.
+  // Columns col .. col + count of kPanelRows rows; their absmax go to `memory`, which could hold them decoded.
   PackedRows packed_rows(const RunScales& scales, int64_t row, int64_t col, int64_t count, int64_t ahead,
-                         KeptMemory& memory) const {
+                         char* memory) const {
     const int64_t parts = count / 64;
-    auto* absmax = reinterpret_cast<float*>(memory.reserve(kPanelRows * parts * int64_t(sizeof(float))));
+    auto* absmax = reinterpret_cast<float*>(memory);
     for (int64_t r = 0; r < kPanelRows; ++r) {
       const int64_t first = (row + r) * weight.cols + col;
       prefetch(weight, scales, first + ahead * weight.cols, count);

@@ -6,23 +6,14 @@
 // bytes and vpmultishiftqb makes indices of their nibbles, those of one register in the lower bytes of the words and those
 // of another in the upper.
 //
-// Include in an unnamed namespace of a variant file, after variant_avx512_product.h.
-struct PanelDecoder {
-  __m512 levels;
-
-  // The tables of two rows with these absmax.
-  QLORA_INLINE __m512i tables(float first, float second) const {
-    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_mul_ps(levels, _mm512_set1_ps(second)),
-                                                         _mm512_mul_ps(levels, _mm512_set1_ps(first))));
-  }
-  // `bytes` says where the four bytes of a qword come from, `nibbles` which bits of them become the eight bytes, `rows`
-  // what is added to choose the row.
-  static QLORA_INLINE __m512i indices(__m512i packed, __m512i bytes, __m512i nibbles, __m512i rows) {
-    const __m512i four = _mm512_permutexvar_epi8(bytes, packed);
-    const __m512i shifted = _mm512_multishift_epi64_epi8(nibbles, four);
-    return _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi8(15), rows, 0xEA);  // (shifted & 15) | rows
-  }
-};
+// Include in an unnamed namespace of a variant file, after variant_avx512_product.h and BF16Lanes.
+// `bytes` says where the four bytes of a qword come from, `nibbles` which bits of them become the eight bytes, `rows` what
+// is added to choose the row.
+QLORA_INLINE __m512i indices(__m512i packed, __m512i bytes, __m512i nibbles, __m512i rows) {
+  const __m512i four = _mm512_permutexvar_epi8(bytes, packed);
+  const __m512i shifted = _mm512_multishift_epi64_epi8(nibbles, four);
+  return _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi8(15), rows, 0xEA);  // (shifted & 15) | rows
+}
 
 // --- rows are features -----------------------------------------------------------------------------------------------------
 // Register r of four rows: lane l holds the pair 4 r + l of each. The lanes of 16 rows then make whole rows of the panel.
@@ -57,7 +48,7 @@ QLORA_INLINE void store_lanes(__m512i a, __m512i b, __m512i c, __m512i d, char* 
 
 void decode_features(const PackedRows& rows, const Codebook& codebook, void* panel) {
   alignas(64) static constexpr FeatureBytes kBytes[2] = {FeatureBytes(0), FeatureBytes(1)};
-  const PanelDecoder decoder{_mm512_loadu_ps(codebook.levels)};
+  const BF16Lanes lanes(codebook);
   const __m512i nibbles = _mm512_set1_epi64(0x18081c0c10001404);  // 4, 20, 0, 16, 12, 28, 8, 24
   const __m512i row_of = _mm512_set4_epi32(0x30303030, 0x20202020, 0x10101010, 0);
   const __m512i bytes[2] = {_mm512_load_si512(kBytes[0].at), _mm512_load_si512(kBytes[1].at)};
@@ -68,8 +59,8 @@ void decode_features(const PackedRows& rows, const Codebook& codebook, void* pan
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) {
       const float* of = absmax + 4 * q * rows.parts;
-      table[q][0] = decoder.tables(of[0], of[rows.parts]);
-      table[q][1] = decoder.tables(of[2 * rows.parts], of[3 * rows.parts]);
+      table[q][0] = lanes.table(of[0], of[rows.parts]);
+      table[q][1] = lanes.table(of[2 * rows.parts], of[3 * rows.parts]);
     }
     for (const uint8_t *packed = rows.packed + 32 * part, *end = packed + 32; packed < end; packed += 16) {
       __m512i word[4][4];  // [register][rows]
@@ -78,7 +69,7 @@ void decode_features(const PackedRows& rows, const Codebook& codebook, void* pan
         const __m512i four = four_rows(packed + 4 * q * rows.stride, rows.stride);
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
-          const __m512i index = PanelDecoder::indices(four, bytes[half], nibbles, row_of);
+          const __m512i index = indices(four, bytes[half], nibbles, row_of);
           word[2 * half][q] = _mm512_permutex2var_epi16(table[q][0], index, table[q][1]);
           word[2 * half + 1][q] = _mm512_permutex2var_epi16(table[q][0], _mm512_srli_epi16(index, 8), table[q][1]);
         }
@@ -105,7 +96,7 @@ struct SumBytes {  // of 2 rows of 32 bytes, for registers 2 half and 2 half + 1
 
 void decode_sum(const PackedRows& rows, const Codebook& codebook, void* panels, int64_t panel_bytes) {
   alignas(64) static constexpr SumBytes kBytes[2] = {SumBytes(0), SumBytes(1)};
-  const PanelDecoder decoder{_mm512_loadu_ps(codebook.levels)};
+  const BF16Lanes lanes(codebook);
   const __m512i nibbles = _mm512_set1_epi64(0x180810001c0c1404);  // 4, 20, 12, 28, 0, 16, 8, 24
   const __m512i row_of = _mm512_set1_epi32(0x10100000);
   const __m512i bytes[2] = {_mm512_load_si512(kBytes[0].at), _mm512_load_si512(kBytes[1].at)};
@@ -118,10 +109,10 @@ void decode_sum(const PackedRows& rows, const Codebook& codebook, void* panels, 
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed + offset));
       };
       const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(row_bytes(0)), row_bytes(rows.stride), 1);
-      const __m512i table = decoder.tables(absmax[0], absmax[rows.parts]);
+      const __m512i table = lanes.table(absmax[0], absmax[rows.parts]);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
-        const __m512i index = PanelDecoder::indices(both, bytes[half], nibbles, row_of);
+        const __m512i index = indices(both, bytes[half], nibbles, row_of);
         _mm512_store_si512(out + 128 * half, _mm512_permutexvar_epi16(index, table));
         _mm512_store_si512(out + 128 * half + 64, _mm512_permutexvar_epi16(_mm512_srli_epi16(index, 8), table));
       }

@@ -1,7 +1,7 @@
 // The search of a 256-entry table for 32 values a register: number of the 255 ascending thresholds strictly below s.
 //
 // Numbers of [-1, 1] become keys of 16 bits that order as they do: a threshold with a lower key is below s for certain.
-// Only where a threshold has the very key of s must the numbers themselves say (one value in 190): `tied` names those, and
+// Only where a threshold has the very key of s must the numbers themselves say: `tied` names those, and
 // count_from finishes them.
 //
 // Bisection as in variant_avx512_search.h, with half its instructions. A threshold minus the key of s has its sign bit set
