@@ -10,7 +10,8 @@
 How it measures. Alternatives take turns, in random order, and the median counts (testing/timing.py). Weights rotate
 through copies that together exceed twice the last-level cache, except where a row says "cached". A floor is what the
 machine itself needs: bytes / the copy or read bandwidth measured here, or flops / what its multiply-add instruction can
-do at most (peak_flops.cpp; where that is not known, the rate of torch's bf16 product).
+do at most (peak_flops.cpp; where that is not known, the rate of torch's bf16 product). Beside it stands what that
+instruction does in a product that must write its weights to the cache first: no 4-bit product by panels is faster.
 """
 
 import argparse
@@ -73,6 +74,7 @@ class Machine:
     copy: float = 0.0  # bytes/s, read + written
     product: float = 0.0  # flop/s, torch's bf16
     peak: float = 0.0  # flop/s, bf16, the instruction alone
+    panels: float = 0.0  # flop/s, bf16, in a product whose weights are written to the cache first; 0 if not known
     info: dict = field(default_factory=dict)
 
 
@@ -94,7 +96,8 @@ def measure_machine() -> Machine:
     as_int = big.view(torch.int64)
     t = interleaved({"read": as_int.sum, "copy": lambda: out.copy_(big), "product": lambda: a @ b.T}, 5)
     product = 2 * 1024 * 4096 * 4096 / t["product"]
-    return Machine(2**27 / t["read"], 2**28 / t["copy"], product, peak(torch.get_num_threads()).get(BF16, product))
+    rates = peak(torch.get_num_threads())
+    return Machine(2**27 / t["read"], 2**28 / t["copy"], product, rates.bfloat16 or product, rates.panels)
 
 
 def last_level_cache() -> int:
@@ -242,7 +245,8 @@ def bench_lora(rows: list[Row], machine: Machine, shape, bnb, threads: int, m: i
     for layer in layers.values():
         layer.train()
     calls = {key: step(layer) for key, layer in layers.items()}
-    floor = 4 * m * weight.numel() / machine.peak
+    # forward and dx, and of the adapter A and B on the way forth, on the way back, and their gradients
+    floor = 2 * m * (2 * weight.numel() + 3 * RANK * sum(shape)) / machine.peak
     rows.append(Row("forward + backward, LoRA", name(shape), threads, m, interleaved(calls, 15, 0.5), floor,
                     ">= 1.5x bitsandbytes + PEFT"))  # fmt: skip
 
@@ -317,13 +321,16 @@ def line(row: Row) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def ceiling(m: Machine) -> str:
+    names = "bf16 multiply-add", "the same in a product by panels", "torch's bf16 product"
+    rates = zip(names, (m.peak, m.panels, m.product), strict=True)
+    flops = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates if rate)
+    return f"read {m.read / 1e9:.0f} GB/s, copy {m.copy / 1e9:.0f} GB/s, {flops}"
+
+
 def markdown(ceilings: dict[int, Machine], info: dict, rows: list[Row], peaks: dict, steps: dict) -> str:
     about = ", ".join(f"{k} {v}" for k, v in info.items())
-    measured = "; ".join(
-        f"{threads} thread{'s' * (threads > 1)}: read {m.read / 1e9:.0f} GB/s, copy {m.copy / 1e9:.0f} GB/s, bf16 "
-        f"multiply-add {m.peak / 1e9:.0f} GFLOP/s, torch's bf16 product {m.product / 1e9:.0f} GFLOP/s"
-        for threads, m in ceilings.items()
-    )
+    measured = "; ".join(f"{threads} thread{'s' * (threads > 1)}: {ceiling(m)}" for threads, m in ceilings.items())
     text = [f"{about}.", "", f"Ceilings measured in the same run: {measured}.", "",
             "Medians of alternatives that took turns. Column bitsandbytes: the faster of nested and flat.",
             "", HEAD, *map(line, rows)]  # fmt: skip

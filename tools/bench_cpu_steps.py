@@ -268,7 +268,7 @@ class Arm:
         """Resident bytes before the steps and their peak. For `rest` also the seconds of the flops it leaves out."""
         result = {"before_bytes": self.before, "peak_bytes": resident("VmHWM")}
         if self.arm.startswith("rest"):
-            result["flop_seconds"] = self.flops / (peak(self.threads).get(self.dtype) or product_rate(self.dtype))
+            result["flop_seconds"] = self.flops / (peak(self.threads).of(self.dtype) or product_rate(self.dtype))
         return result
 
 
