@@ -1,17 +1,19 @@
 """Benchmark of the CPU kernels against bitsandbytes, plain bf16 torch and the floor, in one process on the same inputs.
 
-    python tools/bench.py --device cpu                       both shapes, one thread and all (about 5 minutes)
+    python tools/bench.py --device cpu                       both shapes, one thread and all (about 7 minutes)
     python tools/bench.py --device cpu --quick               4096 x 4096 and fewer tokens (about 2 minutes)
     python tools/bench.py --device cpu --output docs/results writes bench_cpu.json and bench_cpu.md there
     python tools/bench.py --device cpu --steps               also whole training steps, of a 110M-parameter Llama
                                                              and of the demo, with peak memory, a process an arm
     python tools/bench.py --device cpu --only-steps          nothing else (about 11 minutes)
 
-How it measures. Alternatives take turns, in random order, and the median counts (testing/timing.py). Weights rotate
-through copies that together exceed twice the last-level cache, except where a row says "cached". A floor is what the
-machine itself needs: bytes / the copy or read bandwidth measured here, or flops / what its multiply-add instruction can
-do at most (peak_flops.cpp; where that is not known, the rate of torch's bf16 product). Beside it stands what that
-instruction does in a product that must write its weights to the cache first: no 4-bit product by panels is faster.
+How it measures. Every op, shape and number of threads has a process of its own, with all alternatives in it: whether an
+allocation costs page faults depends on what others left on the heap (a row's page faults are printed). Alternatives
+take turns, in random order, and the median counts (testing/timing.py). Weights rotate through copies that together
+exceed twice the last-level cache, except where a row says "cached". A floor is what the machine itself needs: bytes /
+the copy or read bandwidth measured here, or flops / what its multiply-add instruction can do at most (peak_flops.cpp;
+where that is not known, the rate of torch's bf16 product). Beside it stands what that instruction does in a product
+that must write its weights to the cache first: no 4-bit product by panels is faster.
 """
 
 import argparse
@@ -22,11 +24,12 @@ import json
 import logging
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
@@ -34,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
 import torch
 from torch import nn
 
+from bench_cpu_report import Machine, Row, markdown, name, save
 from peak_flops import peak
 from qlora_ref import native
 from qlora_ref.nn import Linear4bit, LoRALinear
@@ -53,29 +57,7 @@ STEP_ROWS = (  # op, arm of ours, arms of the others (bench_cpu_steps.py)
     ("training step, products kept by ours", "-kept", "", ">= 1.5x bitsandbytes + PEFT"),
     ("training step in the loop of `qlora-ref demo`", "-demo", "-demo", ">= 1.5x bitsandbytes + PEFT"),
 )
-BNB = ("bitsandbytes", "bnb flat")  # alternatives of a row; the fastest counts
 FLAT, NESTED = QuantConfig(double_quant=False), QuantConfig()
-
-
-@dataclass
-class Row:
-    op: str
-    shape: str
-    threads: int
-    tokens: int | None
-    times: dict[str, float]  # seconds by alternative; "nested" and "flat" are ours
-    floor: float | None = None
-    target: str = ""
-
-
-@dataclass
-class Machine:
-    read: float = 0.0  # bytes/s, one large tensor
-    copy: float = 0.0  # bytes/s, read + written
-    product: float = 0.0  # flop/s, torch's bf16
-    peak: float = 0.0  # flop/s, bf16, the instruction alone
-    panels: float = 0.0  # flop/s, bf16, in a product whose weights are written to the cache first; 0 if not known
-    info: dict = field(default_factory=dict)
 
 
 def load_bitsandbytes():
@@ -98,6 +80,16 @@ def measure_machine() -> Machine:
     product = 2 * 1024 * 4096 * 4096 / t["product"]
     rates = peak(torch.get_num_threads())
     return Machine(2**27 / t["read"], 2**28 / t["copy"], product, rates.bfloat16 or product, rates.panels)
+
+
+def page_faults(calls) -> dict[str, int]:
+    """Of one more call of each."""
+    counts = {}
+    for key, call in calls.items():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        call()
+        counts[key] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    return counts
 
 
 def last_level_cache() -> int:
@@ -162,7 +154,7 @@ def bench_dequantize(rows: list[Row], machine: Machine, shape, bnb, threads: int
     floor = weight.numel() * (0.5159 + 2) / machine.copy
     target = ">= 3x bitsandbytes; nested <= 1.05 flat"
     times = interleaved(calls, 21, before=overwrite_cache())
-    rows.append(Row("dequantize, public", name(shape), threads, None, times, floor, target))
+    rows.append(Row("dequantize, public", name(shape), threads, None, times, floor, target, page_faults(calls)))
 
 
 def native_kernel(q: QuantizedTensor, out: torch.Tensor, threads: int):
@@ -179,7 +171,7 @@ def bnb_linear(bnb, weight, nested: bool, compute_dtype: torch.dtype = BF16):
     return layer.to("cpu")
 
 
-def bench_linear(rows: list[Row], machine: Machine, shape, tokens_list, bnb, threads: int) -> None:
+def bench_linear(rows: list[Row], machine: Machine, shape, bnb, threads: int, tokens_list) -> None:
     weight = torch.randn(shape).mul_(0.02).to(BF16)
     n = weight.numel()
     linear = nn.Linear(shape[1], shape[0], bias=False, dtype=BF16)
@@ -247,8 +239,29 @@ def bench_lora(rows: list[Row], machine: Machine, shape, bnb, threads: int, m: i
     calls = {key: step(layer) for key, layer in layers.items()}
     # forward and dx, and of the adapter A and B on the way forth, on the way back, and their gradients
     floor = 2 * m * (2 * weight.numel() + 3 * RANK * sum(shape)) / machine.peak
-    rows.append(Row("forward + backward, LoRA", name(shape), threads, m, interleaved(calls, 15, 0.5), floor,
-                    ">= 1.5x bitsandbytes + PEFT"))  # fmt: skip
+    times, target = interleaved(calls, 15, 0.5), ">= 1.5x bitsandbytes + PEFT"
+    rows.append(Row("forward + backward, LoRA", name(shape), threads, m, times, floor, target, page_faults(calls)))
+
+
+BENCHES = {"quantize": bench_quantize, "dequantize": bench_dequantize, "linear": bench_linear, "lora": bench_lora}
+
+
+def in_own_process(op: str, machine: Machine, shape, threads: int, tokens) -> list[Row]:
+    """The rows of one of BENCHES."""
+    job = json.dumps({"op": op, "machine": asdict(machine), "shape": shape, "threads": threads, "tokens": tokens})
+    run = subprocess.run([sys.executable, __file__, "--job", job], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"the benchmark of {op} {name(shape)} failed: {run.stderr.strip()[-2000:]}")
+    return [Row(**row) for row in json.loads(run.stdout.splitlines()[-1])]
+
+
+def do_job(job: dict) -> None:
+    """What `in_own_process` started: prints the rows as JSON."""
+    rows: list[Row] = []
+    torch.set_num_threads(job["threads"])
+    arguments = rows, Machine(**job["machine"]), tuple(job["shape"]), load_bitsandbytes(), job["threads"]
+    BENCHES[job["op"]](*arguments, **({"tokens_list": job["tokens"]} if job["op"] == "linear" else {}))
+    print(json.dumps([asdict(row) for row in rows]))
 
 
 # --- whole training steps, a process an arm (bench_cpu_steps.py, step_processes.py) -----------------------------------
@@ -275,13 +288,6 @@ def bench_steps(rows: list[Row], peaks: dict, steps: dict) -> None:
         peaks[model] = {arm: max(r["peak_bytes"] for r in rs) for arm, rs in results.items() if rs}
 
 
-# --- report ----------------------------------------------------------------------------------------------------------
-
-
-def name(shape) -> str:
-    return f"{shape[0]} x {shape[1]}"
-
-
 def machine_info(bnb) -> dict:
     from qlora_ref.doctor import cpu_name
 
@@ -294,58 +300,6 @@ def machine_info(bnb) -> dict:
     }  # fmt: skip
 
 
-HEAD = (
-    "| op | out x in | threads | tokens | ours nested ms | ours flat ms | bitsandbytes ms | bf16 torch ms | floor ms | "
-    "bnb/ours | bf16/ours | floor/ours | nested/flat | target |\n" + "|---" * 14 + "|"
-)
-
-
-def line(row: Row) -> str:
-    t = row.times
-    ours = t["nested"]
-
-    def ms(key):
-        return f"{t[key] * 1e3:.3f}" if key in t else ""
-
-    def ratio(a, b):
-        return f"{a / b:.2f}" if a and b else ""
-
-    bnb = min((t[k] for k in BNB if k in t), default=None)
-    cells = [row.op, row.shape, str(row.threads), str(row.tokens or ""), ms("nested"), ms("flat")]
-    cells += [f"{bnb * 1e3:.3f}" if bnb else "", ms("bf16"), f"{row.floor * 1e3:.3f}" if row.floor else ""]
-    if "flat kernel" in t:  # kernel against kernel
-        cells[4:6] = (f"{t[key] * 1e3:.4f}, kernel {t[f'{key} kernel'] * 1e3:.4f}" for key in ("nested", "flat"))
-        ours = t["flat kernel"]
-    cells += [ratio(bnb, ours), ratio(t.get("bf16"), ours), ratio(row.floor, ours)]
-    cells += [ratio(t["nested"], t.get("flat")), row.target]
-    return "| " + " | ".join(cells) + " |"
-
-
-def ceiling(m: Machine) -> str:
-    names = "bf16 multiply-add", "the same in a product by panels", "torch's bf16 product"
-    rates = zip(names, (m.peak, m.panels, m.product), strict=True)
-    flops = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates if rate)
-    return f"read {m.read / 1e9:.0f} GB/s, copy {m.copy / 1e9:.0f} GB/s, {flops}"
-
-
-def markdown(ceilings: dict[int, Machine], info: dict, rows: list[Row], peaks: dict, steps: dict) -> str:
-    about = ", ".join(f"{k} {v}" for k, v in info.items())
-    measured = "; ".join(f"{threads} thread{'s' * (threads > 1)}: {ceiling(m)}" for threads, m in ceilings.items())
-    text = [f"{about}.", "", f"Ceilings measured in the same run: {measured}.", "",
-            "Medians of alternatives that took turns. Column bitsandbytes: the faster of nested and flat.",
-            "", HEAD, *map(line, rows)]  # fmt: skip
-    medians = {row.shape: row.times for row in rows if row.op == "training step"}
-    for model, of_arm in peaks.items():
-        shown = ", ".join(f"{arm} {nbytes / 2**20:.0f} MiB" for arm, nbytes in of_arm.items())
-        text += ["", f"Training step, {model}: peak resident memory of the steps {shown}."]
-        if rest := medians.get(model, {}).get("rest"):
-            text += [f"Without its linear layers and adapters (`rest`) a step takes {rest * 1e3:.0f} ms."]
-        for arm, runs in steps[model].items():
-            medians_of = ", ".join(f"{s * 1e3:.0f} ms, {n:.0f} page faults" for s, n in runs)
-            text += [f"{arm}, medians of each process: {medians_of}."]
-    return "\n".join(text) + "\n"
-
-
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape and few sizes")
@@ -353,14 +307,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only-steps", action="store_true", help="whole training steps and nothing else")
     parser.add_argument("--threads", type=int, nargs="*", help="default: 1 and all cores")
     parser.add_argument("--output", type=Path, help="folder for bench_cpu.json and bench_cpu.md")
+    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if native.cpu is None:
         print(f"nothing to measure: {native.missing['cpu']}", file=sys.stderr)
         return 2
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    bnb, rows, ceilings, peaks, steps = load_bitsandbytes(), [], {}, {}, {}
-    info = machine_info(bnb)
+    if args.job:
+        do_job(args.job)
+        return 0
+    rows, ceilings, peaks, steps = [], {}, {}, {}
+    info = machine_info(load_bitsandbytes())
     shapes, tokens = (SHAPES[:1], (1, 8, 32, 256)) if args.quick else (SHAPES, TOKENS)
     for threads in args.threads or sorted({1, os.cpu_count() or 1}):
         if args.only_steps:
@@ -368,26 +326,14 @@ def main(argv: list[str]) -> int:
         torch.set_num_threads(threads)
         ceilings[threads] = machine = measure_machine()
         for shape in shapes:
-            bench_quantize(rows, machine, shape, bnb, threads)
-            bench_dequantize(rows, machine, shape, bnb, threads)
-            bench_linear(rows, machine, shape, tokens, bnb, threads)
-            bench_lora(rows, machine, shape, bnb, threads)
+            for op in BENCHES:
+                rows += in_own_process(op, machine, shape, threads, tokens)
             save(args.output, ceilings, info, rows, peaks, steps)
     if args.steps or args.only_steps:
         bench_steps(rows, peaks, steps)
         save(args.output, ceilings, info, rows, peaks, steps)
     print(markdown(ceilings, info, rows, peaks, steps))
     return 0
-
-
-def save(folder: Path | None, ceilings, info, rows, peaks, steps) -> None:
-    """Written after every shape: a run that is cut off leaves what it measured."""
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench_cpu.md").write_text(markdown(ceilings, info, rows, peaks, steps))
-    content = {"machine": info, "ceilings": {t: asdict(m) for t, m in ceilings.items()}, "peaks": peaks, "steps": steps}
-    (folder / "bench_cpu.json").write_text(json.dumps({**content, "rows": [asdict(r) for r in rows]}, indent=1))
 
 
 if __name__ == "__main__":

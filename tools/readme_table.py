@@ -12,6 +12,8 @@ import re
 import sys
 from pathlib import Path
 
+from bench_cpu_report import BNB
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -41,7 +43,7 @@ def cpu_summary(text: str) -> str:
             continue
         times = row["times"]
         ours = times.get("nested kernel", times["nested"])  # kernel against kernel
-        bnb = min((times[k] for k in ("bitsandbytes", "bnb flat") if k in times), default=None)
+        bnb = min((times[k] for k in BNB if k in times), default=None)
         ratios = (f"{t / ours:.2f}" if t else "" for t in (bnb, times.get("bf16"), row["floor"]))
         cells = row["op"], row["shape"], str(row["tokens"] or ""), f"{1e3 * ours:.3g}", *ratios
         lines.append("| " + " | ".join(cells) + " |")
