@@ -17,7 +17,7 @@ def test_a_row_says_its_ratios_and_page_faults(tools):
     row = Row("LoRA", "8 x 64", 2, 256, times, 0.001, "fast", {"nested": 0, "bitsandbytes": 7})
     text = markdown({2: Machine(read=5e9, copy=4e9, peak=3e9)}, {"CPU": "some"}, [row], {}, {})
     assert "| LoRA | 8 x 64 | 2 | 256 | 2.000 | 1.600 | 2.500 | 4.000 | 1.000 " in text
-    assert " | 1.25 | 2.00 | 0.50 | 1.25 | fast |\n" in text  # bitsandbytes, bf16, the floor over ours; nested over flat
+    assert " | 1.25 | 2.00 | 0.50 | 1.25 | fast |\n" in text  # bitsandbytes, bf16, floor over ours; nested over flat
     assert "Page faults of a call, LoRA, 8 x 64, 2 threads: nested 0, bitsandbytes 7." in text
     assert "2 threads: read 5 GB/s, copy 4 GB/s, bf16 multiply-add 3 GFLOP/s." in text  # nothing of what is not known
 
