@@ -12,8 +12,8 @@ allocation costs page faults depends on what others left on the heap (a row's pa
 take turns, in random order, and the median counts (testing/timing.py). Weights rotate through copies that together
 exceed twice the last-level cache, except where a row says "cached". A floor is what the machine itself needs: bytes /
 the copy or read bandwidth measured here, or flops / what its multiply-add instruction can do at most (peak_flops.cpp;
-where that is not known, the rate of torch's bf16 product). Beside it stands what that instruction does in a product
-that must write its weights to the cache first: no 4-bit product by panels is faster.
+where that is not known, the rate of torch's bf16 product). Beside it stands what that instruction reached in a
+product that writes its weights to the cache first, but has nothing to decode.
 """
 
 import argparse

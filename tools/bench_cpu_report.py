@@ -26,7 +26,6 @@ class Machine:
     product: float = 0.0  # flop/s, torch's bf16
     peak: float = 0.0  # flop/s, bf16, the instruction alone
     panels: float = 0.0  # flop/s, bf16, in a product whose weights are written to the cache first; 0 if not known
-    info: dict = field(default_factory=dict)
 
 
 def name(shape) -> str:

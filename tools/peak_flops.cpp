@@ -1,7 +1,6 @@
 // What the multiply-add instructions of this CPU can do at most: registers only, no memory. tools/peak_flops.py builds it.
-// And what a bf16 product with 252 tokens can do whose weights must be written somewhere before they are multiplied: one
-// instruction writes 64 bytes of them, nothing is decoded. The instruction itself is the floor of a product; this is that of a
-// 4-bit one by panels.
+// And what a bf16 product with 252 tokens does whose weights are written to the cache before they are multiplied, by the same
+// loop as ours: one instruction writes 64 bytes of them, nothing is fetched or decoded. What decoding costs is the difference.
 //
 //   peak_flops THREADS        prints flop/s of all threads together: float32, bf16, bf16 by panels (0 without AVX512-BF16)
 #include <immintrin.h>
@@ -59,8 +58,7 @@ struct Pages {
   explicit Pages(long bytes) : memory(std::aligned_alloc(64, size_t(bytes)), std::free) {
     std::mt19937 random(1);
     for (long i = 0; i < bytes / 2; ++i) {
-      static_cast<uint16_t*>(memory.get())[i] =
-          uint16_t(0x3e00 + random() % 0x200 + (random() % 2 << 15));  // 1/8 to 2
+      static_cast<uint16_t*>(memory.get())[i] = uint16_t(0x3e00 + random() % 0x200 + (random() % 2 << 15));  // 1/8 to 2
     }
   }
   char* at(long byte) const { return static_cast<char*>(memory.get()) + byte; }

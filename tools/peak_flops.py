@@ -1,5 +1,5 @@
 """What the multiply-add instructions of this CPU can do at most (tools/peak_flops.cpp): the floor of every product. And
-what they do in a bf16 product whose weights are written to the cache first, 32 by one instruction: that of a 4-bit one.
+what they do in a bf16 product whose weights are written to the cache first, 32 by one instruction, and not decoded.
 
 python tools/peak_flops.py          GFLOP/s in float32, bf16 and bf16 by panels, one thread and all
 """

@@ -33,7 +33,8 @@ def cpu_summary(text: str) -> str:
     lines = [
         f"{about['CPU']}, {threads} threads, {about['variant']}; torch {about['torch']}, bitsandbytes "
         f"{about['bitsandbytes']}; {about['date']}, commit {about['commit']}. Ours with double quantization. "
-        "Products kept: under checkpointing ([docs/10](docs/10_finetuning.md)).",
+        "Every op has a process of its own, where bitsandbytes' allocations cost page faults ([docs/08]"
+        "(docs/08_kernels.md#measured)). Products kept: under checkpointing ([docs/10](docs/10_finetuning.md)).",
         "",
         "| op | out x in | tokens | ours ms | bitsandbytes / ours | bf16 torch / ours | floor / ours |",
         "|---|---|---|---|---|---|---|",
